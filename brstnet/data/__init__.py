@@ -1,0 +1,1 @@
+"""Raw slides and count matrices become a store of patches."""

@@ -1,0 +1,1 @@
+"""One file per raw layout: each finds its sections and reads them."""

@@ -1,0 +1,233 @@
+"""What a raw section is, whatever its layout, and the checks it passes on its way in."""
+
+import gzip
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+ARRAY_PITCH_UM = 200.0
+"""Centre to centre of two neighbouring spots of a Spatial Transcriptomics array (Stahl 2016)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SectionFiles:
+    """Where one section's raw files are."""
+
+    section: str
+    patient: str
+    slide: Path
+    counts: Path
+    spots: Path
+    subtype: str = ""
+    labels: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """The sections of a raw folder, and what was left alone, with the reason."""
+
+    sections: Sequence[SectionFiles]
+    left_alone: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawSection:
+    """One section as read: every spot that has both a position and counts, and those that lack one.
+
+    `spots` is indexed by spot id ("XxY") with array_x, array_y, pixel_x, pixel_y (floats, slide
+    pixels) and label; `counts` is CSR (spots, genes), in the order of `spots`; `lost` gives the
+    reason of every other raw spot.
+    """
+
+    files: SectionFiles
+    spots: pd.DataFrame
+    counts: sparse.csr_matrix
+    genes: pd.Index
+    lost: pd.Series
+
+
+class Faults:
+    """Collects what is wrong with a folder, so that the user hears of all of it at once."""
+
+    def __init__(self, raw: Path) -> None:
+        self.raw = raw
+        self.found: list[str] = []
+
+    def add(self, path: Path | None, what: str) -> None:
+        """Note one fault, with the file it is in."""
+        self.found.append(f"{path}: {what}" if path else what)
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Note a ValueError or a missing file raised inside as one fault, and go on."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            self.found += str(error).splitlines()
+
+    def raise_any(self) -> None:
+        """Raise all that was found as one ValueError."""
+        if self.found:
+            listed = "\n".join(f"  - {fault}" for fault in self.found)
+            raise ValueError(f"{self.raw}: {len(self.found)} fault(s) in the raw data:\n{listed}")
+
+
+def read_table(path: Path, sep: str, **options: object) -> pd.DataFrame:
+    """A delimited text file, plain or gzip.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged or no table.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing file")
+    try:
+        return pd.read_csv(path, sep=sep, **options)  # type: ignore[call-overload, no-any-return]
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a readable table: {error}") from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}: truncated or damaged gzip file: {error}; fetch it again") from error
+
+
+def read_counts(path: Path) -> tuple[sparse.csr_matrix, pd.Index, pd.Index]:
+    """A count matrix of spots x genes as int32 CSR, its spot ids and its gene ids.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: duplicate spots or genes, or counts that are not whole numbers >= 0.
+    """
+    table = read_table(path, "\t", index_col=0)
+    table.index = table.index.astype(str)
+    header = pd.Index(_header(path))
+    faults = [f"duplicate gene id {gene!r}" for gene in header[header.duplicated()][:5]]
+    faults += [f"duplicate spot id {s!r}" for s in table.index[table.index.duplicated()][:5]]
+    faults += _count_faults(table)
+    if faults:
+        raise ValueError("\n".join(f"{path}: {fault}" for fault in faults))
+    counts = sparse.csr_matrix(table.to_numpy(np.int32))
+    return counts, table.index, table.columns.astype(str)
+
+
+def _header(path: Path) -> list[str]:
+    """The gene ids as the file has them: pandas would rename a second GENE to GENE.1."""
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
+        return file.readline().rstrip("\r\n").split("\t")[1:]
+
+
+def _count_faults(table: pd.DataFrame) -> list[str]:
+    """What is not a whole number >= 0, the first place of each kind."""
+    text = [name for name, kind in table.dtypes.items() if kind == object]
+    if text:
+        return [f"column {text[0]!r} holds text where counts must be"]
+    values = table.to_numpy(np.float64)
+    wrong = {
+        "negative count": values < 0,
+        "fractional count": np.isfinite(values) & (values != np.floor(values)),
+        "missing count": ~np.isfinite(values),
+        "count above 2^31": values >= 2**31,
+    }
+    faults = []
+    for what, where in wrong.items():
+        if where.any():
+            row, column = np.argwhere(where)[0]
+            place = f"spot {table.index[row]}, gene {table.columns[column]}"
+            faults.append(
+                f"{what} {values[row, column]} at {place} ({int(where.sum())} in all); "
+                "counts must be whole numbers of at least 0, as sequenced"
+            )
+    return faults
+
+
+def check_spots(path: Path, spots: pd.DataFrame) -> None:
+    """Check a spot table indexed by spot id.
+
+    Raises:
+        ValueError: duplicate ids or positions that are not numbers.
+    """
+    faults = [f"duplicate spot id {s!r}" for s in spots.index[spots.index.duplicated()][:5]]
+    lost = spots.index[~np.isfinite(spots[["pixel_x", "pixel_y"]].to_numpy(float)).all(axis=1)]
+    faults += [f"spot {spot!r} has no pixel position" for spot in lost[:5]]
+    if faults:
+        raise ValueError("\n".join(f"{path}: {fault}" for fault in faults))
+
+
+def check_inside(files: SectionFiles, spots: pd.DataFrame, width: int, height: int) -> None:
+    """Check that every spot's centre lies on the slide.
+
+    Raises:
+        ValueError: one does not, which means wrong coordinates or the wrong slide.
+    """
+    x, y = spots["pixel_x"], spots["pixel_y"]
+    outside = spots.index[(x < 0) | (y < 0) | (x >= width) | (y >= height)]
+    if len(outside):
+        first = spots.loc[outside[0]]
+        raise ValueError(
+            f"{files.spots}: {len(outside)} spot(s) lie outside the slide, the first {outside[0]} "
+            f"at x {first.pixel_x:.0f}, y {first.pixel_y:.0f}, where {files.slide.name} has "
+            f"{width} x {height} px: coordinates and slide must belong together, at one scale"
+        )
+
+
+def join(
+    files: SectionFiles,
+    spots: pd.DataFrame,
+    labels: pd.Series | None,
+    lost: dict[str, str] | None = None,
+) -> RawSection:
+    """Bring a section's spot table and its counts together, in the order of the spot table.
+
+    Args:
+        files: where the section comes from.
+        spots: indexed by spot id, with array_x, array_y, pixel_x, pixel_y.
+        labels: pathologist's label by spot id, if there is one.
+        lost: spots that the layout itself rules out, with the reason.
+    """
+    check_spots(files.spots, spots)
+    counts, ids, genes = read_counts(files.counts)
+    reasons = dict(lost or {})
+    reasons |= {s: "not_under_tissue" for s in ids if s not in spots.index and s not in reasons}
+    reasons |= {s: "no_counts" for s in spots.index.difference(ids, sort=False)}
+    both = spots.index[spots.index.isin(ids)]
+    kept = spots.loc[both].copy()
+    kept["label"] = "" if labels is None else labels.reindex(both).fillna("").astype(str)
+    rows = counts[ids.get_indexer(both)]
+    return RawSection(
+        files=files,
+        spots=kept,
+        counts=rows,
+        genes=genes,
+        lost=pd.Series(reasons, dtype=object, name="status"),
+    )
+
+
+def array_position(ids: Iterable[str], path: Path) -> np.ndarray:
+    """Array column and row (N, 2) of spot ids such as 11x17.
+
+    Raises:
+        ValueError: an id is not of that form.
+    """
+    parts = [str(i).split("x") for i in ids]
+    for part in parts:
+        if len(part) != 2 or not all(p.lstrip("-").isdigit() for p in part):
+            raise ValueError(f"{path}: spot id {'x'.join(part)!r} must be COLUMNxROW, as in 11x17")
+    return np.array(parts, dtype=np.int64).reshape(-1, 2)
+
+
+def um_per_px(spots: pd.DataFrame) -> float:
+    """Size of a slide pixel in um, from the array's pitch; NaN with fewer than three spots.
+
+    The pixel positions are fitted as an affine map of the array positions; the square root of its
+    determinant is the pitch in pixels (formats.md: about 291 px, so 0.69 um/px).
+    """
+    array = np.column_stack([spots[["array_x", "array_y"]].to_numpy(float), np.ones(len(spots))])
+    if np.linalg.matrix_rank(array) < 3:
+        return float("nan")
+    pixels = spots[["pixel_x", "pixel_y"]].to_numpy(float)
+    affine = np.linalg.lstsq(array, pixels, rcond=None)[0][:2]
+    return float(ARRAY_PITCH_UM / np.sqrt(abs(np.linalg.det(affine))))

@@ -1,0 +1,1 @@
+"""A checkpoint is judged on patients nobody has touched."""

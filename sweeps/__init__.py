@@ -1,0 +1,1 @@
+"""Many fold-trained models across a cluster, with the score kept in MLflow."""
