@@ -246,7 +246,7 @@ def check_names(cls: type, mapping: object, source: str, prefix: str = "") -> No
             check_names(kind, value, source, f"{prefix}{name}.")
 
 
-def build(cls: type[T], mapping: Any, source: str) -> T:  # noqa: ANN401 - whatever a YAML file holds
+def build(cls: type[T], mapping: Any, source: str) -> T:
     """Make checked settings of a mapping.
 
     Raises:
@@ -261,7 +261,7 @@ def build(cls: type[T], mapping: Any, source: str) -> T:  # noqa: ANN401 - whate
         raise ValueError(f"{source}: {error}") from error
 
 
-def read_yaml(path: Path) -> Any:  # noqa: ANN401 - whatever the file holds
+def read_yaml(path: Path) -> Any:
     """The contents of a YAML file.
 
     Raises:

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 EXPERIMENT = "brstnet"
 STATES = ("COMPLETE", "PRUNED", "RUNNING", "FAILED")  # the order in the table
 COLUMNS = ["run_id", "trial", "state", "champion", "score", "folds_done", "cost_seconds", "reason"]
+DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 MEDIANS = {
     "median_pcc": "model",
     "median_pcc_colour_ridge": "control: colour ridge",
     "median_pcc_depth_only": "control: depth only",
     "median_partial_pcc": "model, partial given depth",
 }
-TEMPLATE = Path(__file__).with_name("leaderboard.html.j2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Leaderboard:
     trials: pd.DataFrame
     folds: list[str]
     constants: dict[str, str]  # settings that are equal in all trials
-    varying: list[str]  # names of the others
+    varying: dict[str, bool]  # the others: are they numbers?
     evaluations: list[dict[str, Any]]  # on held-out patients, oldest first
     facts: dict[str, Any]  # protocol_line, store, champion, states, cost_seconds, range, read_at
 
@@ -75,8 +75,8 @@ def leaderboard_html(info: Leaderboard) -> str:
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": _number, "setting": _setting, "duration": _duration}
     environment.tests["known"] = pd.notna
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return page.render(info=info, facts=info.facts, rows=info.trials.to_dict("records"))
+    rows = info.trials.to_dict("records")
+    return environment.from_string(PAGE).render(info=info, facts=info.facts, rows=rows)
 
 
 def _runs(client: MlflowClient, kind: str, sweep: str | None = None) -> list[Run]:
@@ -129,7 +129,8 @@ def _trials(runs: list[Run], champion: str | None) -> pd.DataFrame:
             "trial": trials["trial"],
         }
     )
-    trials = trials.loc[order.sort_values(list(order)).index].reset_index(drop=True)
+    order = order.sort_values(["state", "folds", "score", "trial"])  # no score: last
+    trials = trials.loc[order.index].reset_index(drop=True)
     ranked = (trials["state"] == "COMPLETE") & trials["score"].notna()
     trials["rank"] = ranked.cumsum().where(ranked)
     return trials
@@ -156,18 +157,23 @@ def _trial_row(run: Run, champion: str | None) -> dict[str, Any]:
 
 def _fold_columns(trials: pd.DataFrame) -> list[str]:
     """The columns of fold scores, in the order of the folds (10 after 9)."""
-    names = [name for name in trials if name.startswith("score_fold_")]
+    names = [str(name) for name in trials if str(name).startswith("score_fold_")]
     return sorted(names, key=lambda name: int(name.removeprefix("score_fold_")))
 
 
-def _split_settings(trials: pd.DataFrame) -> tuple[dict[str, str], list[str]]:
-    """Settings equal in all trials, and the names of those that differ or that some lack."""
+def _split_settings(trials: pd.DataFrame) -> tuple[dict[str, str], dict[str, bool]]:
+    """Settings equal in all trials; then those that differ or that some lack: are they numbers?"""
     settings = trials.filter(regex=r"^params\.").sort_index(axis=1)
     settings.columns = settings.columns.str.removeprefix("params.")
     settings = settings.dropna(how="all")  # a trial may fail before it has logged its settings
-    equal = [name for name in settings if settings[name].nunique(dropna=False) == 1]
-    constants = {name: settings[name].iloc[0] for name in equal}
-    return constants, [name for name in settings if name not in constants]
+    constants, varying = {}, {}
+    for name, column in settings.items():
+        if column.nunique(dropna=False) == 1:
+            constants[str(name)] = str(column.iloc[0])
+        else:
+            numbers = pd.to_numeric(column.dropna(), errors="coerce")
+            varying[str(name)] = bool(numbers.notna().all())
+    return constants, varying
 
 
 def _evaluation(run: Run, trials: pd.DataFrame) -> dict[str, Any]:
@@ -187,7 +193,7 @@ def _evaluation(run: Run, trials: pd.DataFrame) -> dict[str, Any]:
 
 def _facts(run: Run, trials: pd.DataFrame, evaluations: list[dict[str, Any]]) -> dict[str, Any]:
     """What belongs to the sweep as a whole; `range` is the one axis of all drawn correlations."""
-    drawn = [*trials[_fold_columns(trials)].stack(), *trials["score"].dropna()]
+    drawn = trials[[*_fold_columns(trials), "score"]].melt()["value"].dropna().tolist()
     drawn += [value for each in evaluations for value in each["medians"].values()]
     best = trials[trials["champion"]].to_dict("records")
     return {
@@ -203,21 +209,198 @@ def _facts(run: Run, trials: pd.DataFrame, evaluations: list[dict[str, Any]]) ->
 
 def _number(value: float | None, digits: int = 3) -> str:
     """Fixed digits with a real minus sign; a dash where there is no value."""
-    return "–" if value is None or pd.isna(value) else f"{value:.{digits}f}".replace("-", "−")
+    return DASH if value is None or pd.isna(value) else f"{value:.{digits}f}".replace("-", MINUS)
 
 
-def _setting(value: str | float) -> str:
+def _setting(value: Any) -> str:
     """A setting as logged, long decimals at four digits; a dash where a trial has none."""
-    if pd.isna(value):
-        return "–"
+    if isinstance(value, dict | list):
+        return json.dumps(value, ensure_ascii=False)
+    text = DASH if pd.isna(value) else str(value)
     try:
-        return f"{float(value):.4g}" if "." in str(value) or "e-" in str(value) else str(value)
+        return f"{float(text):.4g}" if len(text) > 7 and ("." in text or "e-" in text) else text
     except ValueError:
-        return str(value)
+        return text
 
 
 def _duration(seconds: float) -> str:
     """Seconds in the unit a reader thinks in."""
     if pd.isna(seconds):
-        return "–"
+        return DASH
     return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
+
+
+def main(
+    sweep: str, runs: Path = Path("runs"), tracking_uri: str | None = None, out: Path | None = None
+) -> None:
+    """Write the leaderboard of a sweep as one HTML file.
+
+    Args:
+        sweep: Name of the sweep.
+        runs: Folder of the runs.
+        tracking_uri: Where MLflow is; by default the database in the folder of the runs.
+        out: The file to write; by default leaderboard.html in the sweep's folder.
+    """
+    database = runs / "mlflow.db"
+    if tracking_uri is None and not database.is_file():  # MLflow would make an empty one
+        raise ValueError(f"{database} must exist: run a sweep first, or give --tracking_uri")
+    info = leaderboard_info(MlflowClient(tracking_uri or f"sqlite:///{database}"), sweep)
+    out = out or runs / sweep / "leaderboard.html"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(leaderboard_html(info), encoding="utf-8")
+    sys.stdout.write(f"{out}\n")
+
+
+PAGE = """\
+<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>{{ info.sweep }} &ndash; leaderboard</title>
+<style>
+:root { color-scheme: light dark; --page: #f7f7f5; --card: #fff; --ink: #1d2126; --soft: #667079;
+  --line: #e3e5e4; --accent: #1f6f5c; --tint: #e9f3ef; --control: #a9b1b6; --bad: #a63d2f }
+@media (prefers-color-scheme: dark) { :root { --page: #14171a; --card: #1b1f23; --ink: #e6e8ea;
+  --soft: #97a1a9; --line: #2d3338; --accent: #63c0a6; --tint: #1d302b; --control: #5d676e;
+  --bad: #e58a7b } }
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 96rem; padding: 2rem clamp(1rem, 3vw, 2.5rem) 4rem;
+  background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
+h1 { margin: 0; font-size: 1.9rem; letter-spacing: -.02em; overflow-wrap: anywhere }
+h2 { margin: 2.5rem 0 .6rem; font-size: 1.15rem }
+.soft, .label, footer { color: var(--soft) } .label { font-size: .8rem } p { max-width: 50rem }
+.protocol { margin: .8rem 0 1.4rem; padding: .55rem .9rem; border-left: 3px solid var(--accent);
+  background: var(--tint); border-radius: 0 6px 6px 0; overflow-wrap: anywhere }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: .8rem }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
+  padding: .8rem 1rem; min-width: 0 }
+.big { font-size: 1.75rem; font-weight: 600; line-height: 1.3 }
+.scroll { overflow-x: auto; padding: 0 }
+a { color: var(--accent) }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
+th, td { padding: .4rem .6rem; font-size: .87rem; text-align: left; white-space: nowrap;
+  border-bottom: 1px solid var(--line) } tbody tr:last-child td { border-bottom: 0 }
+.n { text-align: right } .score { font-weight: 600 }
+th, th button { color: var(--soft); font-weight: 600 } th button { all: unset; cursor: pointer }
+th button:focus-visible { outline: 2px solid var(--accent) }
+th[aria-sort] button { color: var(--ink) }
+th[aria-sort=ascending] button::after { content: " ↑" }
+th[aria-sort=descending] button::after { content: " ↓" }
+.champion td { background: var(--tint) } .PRUNED td, .FAILED td { color: var(--soft) }
+.star { color: var(--accent); font-weight: 600 }
+.reason { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; width: 15rem;
+  overflow: hidden; white-space: normal; overflow-wrap: anywhere; color: var(--bad) }
+.reason:is(:hover, :focus) { -webkit-line-clamp: none }
+svg { display: block; width: 120px; height: 16px } .zero { stroke: var(--line);
+  vector-effect: non-scaling-stroke }
+circle { fill: var(--accent); fill-opacity: .55 } .mean { stroke: var(--ink); stroke-width: 2 }
+.bars svg { width: 100%; min-width: 100px } .bars td { padding: .3rem .5rem .3rem 0; border: 0 }
+.bars rect { fill: var(--control) } .bars .model rect { fill: var(--accent) }
+dl { display: flex; flex-wrap: wrap; gap: .3rem 1.6rem; margin: 0 } dl div { min-width: 0 }
+dt { color: var(--soft); font-size: .8rem } dd { margin: 0; overflow-wrap: anywhere }
+summary { cursor: pointer } footer { margin-top: 3rem; font-size: .8rem; overflow-wrap: anywhere }
+</style>
+{% set lo, hi = facts.range %}
+{% macro x(value) %}{{ ((value - lo) / (hi - lo) * 112 + 4) | round(1) }}{% endmacro %}
+{% macro zero(height) %}<line class="zero" x1="{{ x(0) }}" x2="{{ x(0) }}" y2="{{ height }}"/>
+{% endmacro %}
+{% macro strip(row) %}<svg viewBox="0 0 120 16" aria-hidden="true">{{ zero(16) }}
+{% for fold in info.folds if row[fold] is known %}<circle cx="{{ x(row[fold]) }}" cy="8" r="3.5"/>
+{% endfor %}{% if row.score is known %}
+<line class="mean" x1="{{ x(row.score) }}" x2="{{ x(row.score) }}" y1="2" y2="14"/>{% endif %}</svg>
+{% endmacro %}
+{% macro head(name, numeric=true) %}<th scope="col"{% if numeric %} class="n"{% endif %}
+{% if name == "rank" %} aria-sort="ascending"{% endif %}><button>{{ name }}</button></th>
+{% endmacro %}
+{% macro cell(value, shown, class="n") %}
+<td class="{{ class }}" data-v="{{ value if value is known else "" }}">{{ shown }}</td>
+{% endmacro %}
+{% macro pairs(items) %}<dl>{% for name, value in items.items() %}
+<div><dt>{{ name }}</dt><dd>{{ value | setting }}</dd></div>{% endfor %}</dl>{% endmacro %}
+<div class="soft">brstnet sweep</div>
+<h1>{{ info.sweep }}</h1>
+<div class="protocol">{{ facts.protocol_line }}</div>
+<div class="tiles">
+<div class="card"><div class="label">Champion, mean score over folds</div>
+{% if facts.champion %}<div class="big">{{ facts.champion.score | number }}</div>
+{{ strip(facts.champion) }}<div class="label">trial {{ facts.champion.trial }}</div>
+{% else %}<div class="big">&ndash;</div><div class="label">none chosen yet</div>{% endif %}</div>
+{% if info.evaluations %}{% set last = info.evaluations[-1] %}
+<div class="card"><div class="label">Held-out patients {{ last.patients }}, model</div>
+<div class="big">{{ last.medians.get("model") | number }}</div>
+<div class="label"><a href="#held-out">with its controls below</a></div></div>{% endif %}
+<div class="card"><div class="label">Trials</div><div class="big">{{ rows | length }}</div>
+<div class="label">{% for state, count in facts.states.items() %}
+{{ count }} {{ state | lower }}{{ "" if loop.last else ", " }}{% endfor %}</div></div>
+<div class="card"><div class="label">Device time</div>
+<div class="big">{{ facts.cost_seconds | duration }}</div>
+<div class="label">summed over all trials</div></div>
+</div>
+<h2>Trials</h2>
+<p class="soft">Score: median over the panel's genes of the per-section PCC averaged over a
+fold's validation patients; mean over folds. Dots are folds, the bar is their mean. Only complete
+trials are ranked: a pruned trial's score is a mean over fewer folds.</p>
+{% if info.constants %}<div class="card" style="margin-bottom: .8rem">
+<div class="label" style="margin-bottom: .3rem">Equal in all trials</div>{{ pairs(info.constants) }}
+</div>{% endif %}
+<div class="card scroll"><table><thead><tr>{{ head("rank") }}{{ head("trial") }}
+{{ head("state", false) }}{{ head("score") }}<th scope="col">folds</th>
+{% for fold in info.folds %}{{ head("fold " ~ fold.removeprefix("score_fold_")) }}{% endfor %}
+{% for name, numeric in info.varying.items() %}{{ head(name, numeric) }}{% endfor %}
+{{ head("cost") }}</tr></thead><tbody>
+{% for row in rows %}
+<tr class="{{ row.state }}{{ " champion" if row.champion }}" title="MLflow run {{ row.run_id }}">
+{{ cell(loop.index, row.rank | number(0)) }}{{ cell(row.trial, row.trial) }}
+<td data-v="{{ row.state }}">{{ row.state | lower }}
+{% if row.champion %}<span class="star">&#9733; champion</span>{% endif %}
+{% if row.reason %}<span class="reason" tabindex="0">{{ row.reason }}</span>{% endif %}</td>
+{{ cell(row.score, row.score | number, "n score") }}<td>{{ strip(row) }}</td>
+{% for fold in info.folds %}{{ cell(row[fold], row[fold] | number) }}{% endfor %}
+{% for name, numeric in info.varying.items() %}{% set value = row["params." ~ name] %}
+{{ cell(value, value | setting, "n" if numeric else "") }}{% endfor %}
+{{ cell(row.cost_seconds, row.cost_seconds | duration) }}</tr>
+{% endfor %}</tbody></table></div>
+<h2 id="held-out">Held-out patients</h2>
+{% for each in info.evaluations %}
+<div class="card" style="margin-bottom: .8rem"><strong>{{ each.patients }}</strong>
+{% if each.trial is not none %}<span class="soft">&middot; trial {{ each.trial }}</span>{% endif %}
+<div class="protocol">{{ each.protocol_line }}</div>
+<table class="bars">{% for label, value in each.medians.items() %}
+<tr{% if label.startswith("model") %} class="model"{% endif %}><td>{{ label }}</td>
+<td class="n score">{{ value | number }}</td><td style="width: 60%">
+<svg viewBox="0 0 120 16" preserveAspectRatio="none" aria-hidden="true">{{ zero(16) }}
+<rect x="{{ x([value, 0] | min) }}" y="3" height="10"
+  width="{{ ((value | abs) / (hi - lo) * 112) | round(1) }}"/></svg></td></tr>{% endfor %}</table>
+{% if each.genes_above %}<p class="label">Genes with a PCC above:
+{% for threshold, count in each.genes_above.items() %}
+{{ threshold }}: <strong>{{ count | number(0) }}</strong>{{ "" if loop.last else ", " }}
+{% endfor %}</p>{% endif %}</div>
+{% else %}<p class="soft">Not evaluated yet.</p>{% endfor %}
+<h2>Protocol</h2>
+<div class="card">{{ pairs(info.protocol) }}</div>
+<footer>Store {{ facts.store }}. Read from MLflow {{ facts.read_at }}.</footer>
+<script>
+document.querySelectorAll("th button").forEach(button => button.onclick = () => {
+  const th = button.closest("th"), body = th.closest("table").tBodies[0];
+  const sign = th.getAttribute("aria-sort") === "ascending" ? -1 : 1;
+  const key = row => row.cells[th.cellIndex].dataset.v;
+  const sorted = [...body.rows].sort((a, b) => {
+    const [p, q] = [key(a), key(b)];
+    if (!p || !q) return !p - !q;
+    return sign * (isNaN(p) || isNaN(q) ? p.localeCompare(q) : p - q);
+  });
+  th.parentNode.querySelectorAll("th").forEach(other => other.removeAttribute("aria-sort"));
+  th.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
+  body.append(...sorted);
+});
+</script>
+</html>
+"""
+
+if __name__ == "__main__":
+    try:
+        auto_cli(main, as_positional=False)
+    except ValueError as error:
+        sys.exit(f"leaderboard: {error}")

@@ -46,7 +46,7 @@ def read_slide(path: Path) -> np.ndarray:
     try:
         if path.suffix.lower() in PLAIN:
             with open_image(path) as image:
-                return np.asarray(image.convert("RGB"))
+                return np.array(image if image.mode == "RGB" else image.convert("RGB"))
         with openslide.OpenSlide(path) as slide:
             region = slide.read_region((0, 0), 0, slide.dimensions)
             return np.asarray(region)[..., :3]

@@ -247,7 +247,9 @@ def _write_spots(path: Path, section: RawSection, spots: pd.DataFrame, kept: np.
     ids = strip_version(section.genes)
     if ids.has_duplicates:
         twice = sorted(set(ids[ids.duplicated()]))[:3]
-        raise ValueError(f"{section.files.counts}: genes stand twice but for their version: {twice}")
+        raise ValueError(
+            f"{section.files.counts}: genes stand twice but for their version: {twice}"
+        )
     adata = anndata.AnnData(
         X=section.counts[kept],
         obs=spots,

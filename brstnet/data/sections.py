@@ -92,7 +92,9 @@ def read_table(path: Path, sep: str, **options: object) -> pd.DataFrame:
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a readable table: {error}") from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}: truncated or damaged gzip file: {error}; fetch it again") from error
+        raise ValueError(
+            f"{path}: truncated or damaged gzip file: {error}; fetch it again"
+        ) from error
 
 
 def read_counts(path: Path) -> tuple[sparse.csr_matrix, pd.Index, pd.Index]:
@@ -192,7 +194,7 @@ def join(
     counts, ids, genes = read_counts(files.counts)
     reasons = dict(lost or {})
     reasons |= {s: "not_under_tissue" for s in ids if s not in spots.index and s not in reasons}
-    reasons |= {s: "no_counts" for s in spots.index.difference(ids, sort=False)}
+    reasons |= dict.fromkeys(spots.index.difference(ids, sort=False), "no_counts")
     both = spots.index[spots.index.isin(ids)]
     kept = spots.loc[both].copy()
     kept["label"] = "" if labels is None else labels.reindex(both).fillna("").astype(str)

@@ -1,10 +1,10 @@
 """The patch store: a folder with one sub-folder a section, an index, and a hash of every file.
 
-    STORE/index.json            format, version, prepare settings, stain target, sections, hashes
-    STORE/genes.parquet         all genes of the store: id, symbol
-    STORE/<section>/patches.npy     uint8 (N, H, W, 3), to be memory-mapped
-    STORE/<section>/spots.h5ad      raw counts (CSR), position, white fraction, total, label
-    STORE/<section>/ledger.parquet  every raw spot: kept, or the reason it was not
+STORE/index.json            format, version, prepare settings, stain target, sections, hashes
+STORE/genes.parquet         all genes of the store: id, symbol
+STORE/<section>/patches.npy     uint8 (N, H, W, 3), to be memory-mapped
+STORE/<section>/spots.h5ad      raw counts (CSR), position, white fraction, total, label
+STORE/<section>/ledger.parquet  every raw spot: kept, or the reason it was not
 """
 
 import hashlib

@@ -46,7 +46,7 @@ def find(raw: Path) -> Listing:
             )
             for section in sorted(slides)
         ],
-        left_alone={s: "counts without a slide" for s in sorted(set(counts) - set(slides))},
+        left_alone=dict.fromkeys(sorted(set(counts) - set(slides)), "counts without a slide"),
     )
 
 
@@ -59,9 +59,7 @@ def _slides(raw: Path) -> dict[str, list[Path]]:
     return slides
 
 
-def _by_section(
-    raw: Path, folders: tuple[str, ...], endings: tuple[str, ...]
-) -> dict[str, Path]:
+def _by_section(raw: Path, folders: tuple[str, ...], endings: tuple[str, ...]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for folder in folders:
         for ending in endings:
@@ -102,6 +100,10 @@ def _labels(path: Path | None) -> pd.Series | None:
         return None
     table = read_table(path, "\t")
     table = table[table["x"].notna() & table["y"].notna()]
-    ids = table["x"].round().astype(int).astype(str) + "x" + table["y"].round().astype(int).astype(str)
+    ids = (
+        table["x"].round().astype(int).astype(str)
+        + "x"
+        + table["y"].round().astype(int).astype(str)
+    )
     labels = pd.Series(table["label"].to_numpy(), index=ids.to_numpy())
     return labels[~labels.index.duplicated()]

@@ -105,6 +105,10 @@ def _labels(path: Path | None) -> pd.Series | None:
         lines = file.read().replace("\r\n", "\n").replace("\r", "\n")
     names = ["id", "x", "y", "number", "label"]
     table = pd.read_csv(io.StringIO(lines), sep="\t", skiprows=1, header=None, names=names)
-    ids = table["x"].round().astype(int).astype(str) + "x" + table["y"].round().astype(int).astype(str)
+    ids = (
+        table["x"].round().astype(int).astype(str)
+        + "x"
+        + table["y"].round().astype(int).astype(str)
+    )
     labels = pd.Series(table["label"].to_numpy(), index=ids.to_numpy())
     return labels[~labels.index.duplicated()]

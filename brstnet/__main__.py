@@ -1,0 +1,255 @@
+"""Command line: prepare, info, train, evaluate, demo-data."""
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ActionConfigFile, Namespace
+from tqdm import tqdm
+
+from brstnet.config import Parser, Prepare, Protocol, Settings, Training, from_namespace
+from brstnet.data.synthetic import Demo, make_demo
+
+if TYPE_CHECKING:  # torch takes seconds to import: only what needs it pays
+    import torch
+
+ALLOCATOR = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+"""glibc keeps freed activations instead of giving them back each step: training on the CPU was
+measured 1.65 to 1.8 times faster. Read once, when a process starts, so the launcher sets it."""
+
+
+def make_parser() -> Parser:
+    """The command line of all commands."""
+    parser = Parser(prog="brstnet", description="Learn spatial gene expression from H&E slides.")
+    commands = parser.add_subcommands()
+    for name, (make, summary, _) in COMMANDS.items():
+        sub = Parser(description=summary)
+        make(sub)
+        commands.add_subcommand(name, sub, help=summary)
+    return parser
+
+
+def _prepare_options(parser: Parser) -> None:
+    parser.add_argument("raw", type=Path, help="folder of raw slides and counts")
+    parser.add_argument("store", type=Path, help="patch store to make")
+    parser.add_argument("--config", action=ActionConfigFile)
+    parser.add_class_arguments(Prepare)
+
+
+def _prepare(args: Namespace) -> None:
+    from brstnet.data.prepare import prepare
+
+    store = prepare(args.raw, args.store, from_namespace(Prepare, args))
+    _say(_describe(store.info()))
+
+
+def _info_options(parser: Parser) -> None:
+    parser.add_argument("store", type=Path)
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--verify", action="store_true", help="compare every file with its hash")
+
+
+def _info(args: Namespace) -> None:
+    from brstnet.data.store import Store
+
+    store = Store(args.store)
+    _say(json.dumps(store.info(), indent=1) if args.json else _describe(store.info()))
+    if args.verify:
+        if damaged := store.verify():
+            raise ValueError(f"{store.path}: files differ from their hashes: {', '.join(damaged)}")
+        _say("every file has the hash it was written with")
+
+
+def _describe(info: Mapping[str, Any]) -> str:
+    """A store in a table that fits a terminal."""
+    sections = info["sections"]
+    row = "{:<14} {:<10} {:<16} {:>6} {:>6} {:>8} {:>7}  {}"
+    names = ("section", "patient", "subtype", "raw", "kept", "counts", "um/px", "lost")
+    lines = [row.format(*names)]
+    for s in sections:
+        lost = ", ".join(f"{reason} {n}" for reason, n in s["lost"].items()) or "-"
+        about = (s["section"], s["patient"], s["subtype"] or "-", s["spots_raw"], s["spots_kept"])
+        lines.append(row.format(*about, f"{s['median_counts']:.0f}", f"{s['um_per_px']:.3f}", lost))
+    raw, kept = (sum(s[key] for s in sections) for key in ("spots_raw", "spots_kept"))
+    target = info["stain_target"]
+    lines += [
+        f"{len(info['patients'])} patients, {len(sections)} sections, {kept} of {raw} spots kept, "
+        f"{info['genes']} genes (counts: median a kept spot)",
+        f"stain: {info['prepare']['stain']}"
+        + (f", normalised to {target['section']} of {target['patient']}" if target else ""),
+        "settings: " + ", ".join(f"{k}={v}" for k, v in info["prepare"].items()),
+        f"gene symbols: {info['gene_names']['source'] or 'ids as they are (no table installed)'}; "
+        f"{len(info['gene_names']['ambiguous'])} ambiguous, "
+        f"{len(info['gene_names']['unknown'])} unknown",
+        f"store {info['digest']}, format {info['format']} {info['version']}",
+    ]
+    if alone := info["left_alone"]:
+        reasons = sorted(set(alone.values()))
+        lines.append(f"left alone: {len(alone)} ({'; '.join(reasons)}): {', '.join(alone)}")
+    return "\n".join(lines)
+
+
+def _train_options(parser: Parser) -> None:
+    parser.add_argument("store", type=Path)
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML: protocol and training")
+    parser.add_argument("--fold", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/train"), help="folder to write to")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_class_arguments(Protocol, "protocol")
+    parser.add_class_arguments(Training, "training")
+
+
+def _train(args: Namespace) -> None:
+    from brstnet.data.store import Store
+    from brstnet.training.train import fit
+
+    settings = Settings(protocol=args.protocol, training=args.training)
+    out = args.out / settings.fingerprint() / f"fold_{args.fold}"
+    with tqdm(total=settings.training.epochs, desc=f"fold {args.fold}", unit="epoch") as bar:
+
+        def show(note: Mapping[str, float]) -> None:
+            bar.update(int(note["epoch"]) + 1 - bar.n)
+            bar.set_postfix_str(
+                f"loss {note['train_loss']:.3f}, validation {note['validation_loss']:.3f}, "
+                f"score {note['score']:.3f}, {note['patches_per_second']:.0f} patches/s"
+            )
+
+        device = pick_device(args.device)
+        result = fit(Store(args.store), settings, args.fold, out, device=device, on_epoch=show)
+    _say(f"{settings.protocol.line()}")
+    _say(f"score {result.score:.4f} on the validation sections (epoch {result.epoch})")
+    _say(f"checkpoint {result.folder}")
+
+
+def _evaluate_options(parser: Parser) -> None:
+    parser.add_argument("checkpoints", type=Path, nargs="+", help="several: their mean")
+    parser.add_argument("store", type=Path)
+    parser.add_argument("--patients", nargs="+", required=True, help="held-out patients")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--gene_groups", type=Path, help="parquet: gene, group, maybe ceiling")
+    parser.add_argument("--device", default="auto")
+
+
+def _evaluate(args: Namespace) -> None:
+    from brstnet.data.store import Store
+    from brstnet.evaluation.evaluate import evaluate
+
+    result = evaluate(
+        args.checkpoints,
+        Store(args.store),
+        args.patients,
+        args.out,
+        device=pick_device(args.device),
+        gene_groups=args.gene_groups,
+    )
+    _say(describe_summary(result.summary))
+    _say(f"written to {args.out}")
+
+
+def describe_summary(summary: Mapping[str, Any]) -> str:
+    """The scores of an evaluation in a few lines, the controls beside them."""
+    lines = [summary["protocol"]]
+    row = "  {:<18} {:>10} {:>12} {:>6} {:>6} {:>6} {:>6}"
+    names = ("", "median PCC", "given total", "> 0", "> 0.1", "> 0.3", "> 0.5")
+    lines.append(row.format(*names))
+    kinds = (
+        ("model", "", ""),
+        ("colour ridge", "_colour_ridge", ""),
+        ("total count only", "_depth_only", "-"),
+    )
+    for name, end, partial in kinds:
+        key = f"median_pcc{end}"
+        if key in summary:
+            given = partial or f"{summary[f'median_partial_pcc{end}']:.3f}"
+            above = [summary[f"genes_above_{t}{end}"] for t in ("0", "0.1", "0.3", "0.5")]
+            lines.append(row.format(name, f"{summary[key]:.3f}", given, *above))
+    lines.append(
+        f"  {summary['genes']} genes; aMAE {summary['aMAE']:.3f}, aRMSE {summary['aRMSE']:.3f} "
+        "(training standard deviations)"
+    )
+    for group, found in summary.get("groups", {}).items():
+        share = (
+            f", {100 * found['share_of_ceiling']:.0f} % of the ceiling {found['ceiling']:.3f}"
+            if "ceiling" in found
+            else ""
+        )
+        lines.append(
+            f"  {group}: {found['genes']} genes, median PCC {found['median_pcc']:.3f}{share}"
+        )
+    return "\n".join(lines)
+
+
+def _demo_options(parser: Parser) -> None:
+    parser.add_argument("folder", type=Path, help="folder to make")
+    parser.add_class_arguments(Demo)
+
+
+def _demo(args: Namespace) -> None:
+    make_demo(args.folder, from_namespace(Demo, args))
+    _say(f"demo tissue in {args.folder}, the truth beside it in truth.parquet")
+
+
+def pick_device(name: str) -> "torch.device":
+    """The device to use: the first GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: the device asked for is not there.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: no CUDA device is visible here; use cpu or auto")
+    return torch.device(name)
+
+
+COMMANDS = {
+    "prepare": (_prepare_options, "raw slides and counts to a patch store", _prepare),
+    "info": (_info_options, "what a store holds, and what was lost and why", _info),
+    "train": (_train_options, "one fold of one configuration", _train),
+    "evaluate": (_evaluate_options, "judge checkpoints on held-out patients", _evaluate),
+    "demo-data": (_demo_options, "synthetic tissue in the stnet layout", _demo),
+}
+
+
+def _say(text: str) -> None:
+    print(text)  # noqa: T201 - the command line's output
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; what the user can mend is told in a few lines, with exit code 2."""
+    args = make_parser().parse_args(argv)
+    command = args.subcommand
+    options = args[command]
+    try:
+        options = make_parser().instantiate(args)[command]
+        COMMANDS[command][2](options)
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
+        sys.stderr.write(f"error: {error}{notes}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped; the same command goes on from the last checkpoint\n")
+        return 130
+    return 0
+
+
+def _with_allocator() -> None:
+    """Start again with the C allocator's settings, unless they are there."""
+    if sys.platform == "linux" and not ALLOCATOR.keys() <= os.environ.keys():
+        arguments = [sys.executable, "-m", "brstnet", *sys.argv[1:]]
+        os.execve(sys.executable, arguments, {**ALLOCATOR, **os.environ})  # noqa: S606
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["train"]:
+        _with_allocator()
+    sys.exit(main())

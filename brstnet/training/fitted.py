@@ -1,0 +1,205 @@
+"""Everything that a fold learns from its training spots before the first step, and nothing else.
+
+Gene filter, panel, target and image statistics are fitted here on the fold's training sections,
+stored in the checkpoint, and applied to everyone else.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from brstnet.config import Protocol, Settings
+from brstnet.data.store import Store
+from brstnet.training.folds import Fold
+
+MAIN, AUX = "main", "aux"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """What was fitted, and on which sections.
+
+    `genes` has a row per predicted gene, in the order of the model's outputs (main head, then
+    AuxNet's): index gene id; symbol; role (main or aux); panel (is it scored?); mean_count (raw, on
+    the training spots); mean, std (of the target); depth_slope, depth_intercept (target as a linear
+    function of the log of the spot's total counts: the depth control's predictor).
+    """
+
+    genes: pd.DataFrame
+    target: str
+    median_total: float
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+    sections: tuple[str, ...]
+    spots: int
+
+    @property
+    def main_genes(self) -> int:
+        """Genes of the main head."""
+        return int((self.genes["role"] == MAIN).sum())
+
+    @property
+    def aux_genes(self) -> int:
+        """Genes of AuxNet; 0 without it."""
+        return int((self.genes["role"] == AUX).sum())
+
+    def facts(self) -> dict[str, Any]:
+        """Everything but the gene table, for JSON."""
+        return {
+            "target": self.target,
+            "median_total": self.median_total,
+            "image_mean": list(self.image_mean),
+            "image_std": list(self.image_std),
+            "sections": list(self.sections),
+            "spots": self.spots,
+        }
+
+
+def training_rows(spots: pd.DataFrame, protocol: Protocol) -> np.ndarray:
+    """Which spots may train: those whose patch is not too white, (N,) bool."""
+    rows: np.ndarray = (spots["white_fraction"] <= protocol.max_white_fraction).to_numpy()
+    return rows
+
+
+def transform(
+    counts: sparse.csr_matrix, totals: np.ndarray, target: str, median_total: float
+) -> sparse.csr_matrix:
+    """Raw counts to target units, CSR (N, G) float64: log1p(count), scaled to the median or not.
+
+    Args:
+        counts: raw, (N, G).
+        totals: each spot's total over all genes, (N,).
+        target: log_normalised or log_counts.
+        median_total: of the training spots.
+    """
+    scale = median_total / totals if target == "log_normalised" else np.ones(len(totals))
+    scaled = sparse.csr_matrix(counts, dtype=np.float64, copy=True)
+    scaled.data *= np.repeat(scale, np.diff(scaled.indptr))
+    return scaled.log1p()
+
+
+def targets(fitted: Fitted, counts: sparse.csr_matrix, totals: np.ndarray) -> np.ndarray:
+    """Targets in log units, float32 (N, genes of `fitted`), of counts in that gene order."""
+    units = transform(counts, totals, fitted.target, fitted.median_total)
+    return units.toarray().astype(np.float32)
+
+
+def fit_statistics(store: Store, fold: Fold, settings: Settings) -> Fitted:
+    """Fit a fold's statistics on its training sections.
+
+    Raises:
+        ValueError: no spot or too few genes are left to train on.
+    """
+    protocol = settings.protocol
+    spots = store.spots(fold.train)
+    rows = training_rows(spots, protocol)
+    if not rows.any():
+        raise ValueError(
+            f"{store.path}: fold {fold.number} has no training spot with a white fraction of at "
+            f"most {protocol.max_white_fraction}: raise protocol.max_white_fraction"
+        )
+    counts, totals = store.counts(fold.train)[rows], spots["total_counts"].to_numpy(float)[rows]
+    columns = _ranked_genes(counts, protocol)
+    _check_enough(store, columns, settings)
+    if not settings.training.auxnet:
+        columns = columns[: settings.training.genes]
+    median_total = float(np.median(totals))
+    units = transform(counts[:, columns], totals, protocol.target, median_total)
+    mean, std = column_mean_std(units)
+    slope, intercept = _depth_fit(units, mean, totals)
+    order = np.arange(len(columns))
+    genes = store.genes.iloc[columns].assign(
+        role=np.where(order < settings.training.genes, MAIN, AUX),
+        panel=order < protocol.panel_size,
+        mean_count=np.asarray(counts[:, columns].mean(axis=0)).ravel(),
+        mean=mean,
+        std=std,
+        depth_slope=slope,
+        depth_intercept=intercept,
+    )
+    image_mean, image_std = image_statistics(store, fold.train, rows)
+    return Fitted(
+        genes=genes,
+        target=protocol.target,
+        median_total=median_total,
+        image_mean=image_mean,
+        image_std=image_std,
+        sections=fold.train,
+        spots=int(rows.sum()),
+    )
+
+
+def _ranked_genes(counts: sparse.csr_matrix, protocol: Protocol) -> np.ndarray:
+    """Columns of the genes that pass the filter, by falling mean count, ties in store order.
+
+    Genes that never change on the training spots cannot be standardised, nor learned: they go too.
+    """
+    mean = np.asarray(counts.mean(axis=0)).ravel()
+    expressed = np.asarray((counts > 0).mean(axis=0)).ravel()
+    highest = counts.max(axis=0).toarray().ravel()
+    varies = highest > counts.min(axis=0).toarray().ravel()
+    passing = np.flatnonzero((mean > 0) & (expressed >= protocol.min_gene_fraction) & varies)
+    return passing[np.argsort(-mean[passing], kind="stable")]
+
+
+def _check_enough(store: Store, columns: np.ndarray, settings: Settings) -> None:
+    for name, wanted in (
+        ("protocol.panel_size", settings.protocol.panel_size),
+        ("training.genes", settings.training.genes),
+    ):
+        if len(columns) < wanted:
+            raise ValueError(
+                f"{store.path}: {name} is {wanted}, but only {len(columns)} genes pass the filter "
+                "on the training spots: lower it, or lower protocol.min_gene_fraction"
+            )
+
+
+def column_mean_std(values: sparse.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation (population) of each column, in two passes; (G,) each."""
+    n = values.shape[0]
+    mean = np.asarray(values.mean(axis=0)).ravel()
+    columns = values.tocsc()
+    stored = np.diff(columns.indptr)
+    apart = columns.data - np.repeat(mean, stored)
+    squares = np.add.reduceat(np.append(apart**2, 0.0), columns.indptr[:-1]) * (stored > 0)
+    return mean, np.sqrt((squares + (n - stored) * mean**2) / n)
+
+
+def _depth_fit(
+    units: sparse.csr_matrix, mean: np.ndarray, totals: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Least squares of each gene's target on log1p(total): slope and intercept, (G,) each."""
+    depth = np.log1p(totals)
+    centred = depth - depth.mean()
+    spread = float(centred @ centred)
+    slope = (units.T @ centred) / spread if spread > 0 else np.zeros(units.shape[1])
+    return slope, mean - slope * depth.mean()
+
+
+def image_statistics(
+    store: Store, sections: Sequence[str], rows: np.ndarray
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and standard deviation of each colour channel in 0..1 over the training patches' pixels.
+
+    Exact, from a histogram a channel. (The authors' code averages the deviations within patches,
+    which is 7 to 11 % smaller.)
+    """
+    histogram = np.zeros((3, 256))
+    start = 0
+    for name in sections:
+        patches = store.patches(name)
+        for i in np.flatnonzero(rows[start : start + len(patches)]):
+            for channel in range(3):
+                pixels = patches[i, :, :, channel].ravel()
+                histogram[channel] += np.bincount(pixels, minlength=256)
+        start += len(patches)
+    level = np.arange(256) / 255
+    weight = histogram / histogram.sum(axis=1, keepdims=True)
+    mean = weight @ level
+    std = np.sqrt(weight @ level**2 - mean**2).clip(1 / 255)
+    red, green, blue = (float(m) for m in mean)
+    return (red, green, blue), (float(std[0]), float(std[1]), float(std[2]))
