@@ -1,28 +1,19 @@
 """Command line: prepare, info, train, evaluate, demo-data."""
 
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jsonargparse import ActionConfigFile, Namespace
 from tqdm import tqdm
 
 from brstnet.config import Parser, Prepare, Protocol, Settings, Training, from_namespace
 from brstnet.data.synthetic import Demo, make_demo
+from brstnet.launch import pick_device, restart_with_allocator
 
-if TYPE_CHECKING:  # torch takes seconds to import: only what needs it pays
-    import torch
-
-ALLOCATOR = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "100000000000",
-    "MALLOC_TOP_PAD_": "268435456",
-}
-"""glibc keeps freed activations instead of giving them back each step: training on the CPU was
-measured 1.65 to 1.8 times faster. Read once, when a process starts, so the launcher sets it."""
+# torch takes seconds to import: only the commands that need it do.
 
 
 def make_parser() -> Parser:
@@ -196,21 +187,6 @@ def _demo(args: Namespace) -> None:
     _say(f"demo tissue in {args.folder}, the truth beside it in truth.parquet")
 
 
-def pick_device(name: str) -> "torch.device":
-    """The device to use: the first GPU if there is one, else the CPU.
-
-    Raises:
-        ValueError: the device asked for is not there.
-    """
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: no CUDA device is visible here; use cpu or auto")
-    return torch.device(name)
-
-
 COMMANDS = {
     "prepare": (_prepare_options, "raw slides and counts to a patch store", _prepare),
     "info": (_info_options, "what a store holds, and what was lost and why", _info),
@@ -242,14 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _with_allocator() -> None:
-    """Start again with the C allocator's settings, unless they are there."""
-    if sys.platform == "linux" and not ALLOCATOR.keys() <= os.environ.keys():
-        arguments = [sys.executable, "-m", "brstnet", *sys.argv[1:]]
-        os.execve(sys.executable, arguments, {**ALLOCATOR, **os.environ})  # noqa: S606
-
-
 if __name__ == "__main__":
     if sys.argv[1:2] == ["train"]:
-        _with_allocator()
+        restart_with_allocator("brstnet")
     sys.exit(main())

@@ -221,7 +221,7 @@ def draw_nuclei(
     large = size[row, column]
     minor = scale * (2.3 + 4.7 * large) * rng.uniform(0.88, 1.12, x.shape)
     major = minor * rng.uniform(1.05, 1.5, x.shape)
-    wanted = (0.05 + 0.4 * density[row, column]) * (1 + 0.4 * large)
+    wanted = (0.05 + 0.4 * density[row, column]) * (1 + 0.8 * large)
     wanted *= step**2 / (np.pi * minor * major)
     wanted[~tissue[row, column]] = 0
     canvas, drawn = np.zeros(tissue.shape, np.uint8), []
@@ -229,8 +229,8 @@ def draw_nuclei(
         if canvas[row[i], column[i]]:
             continue  # nuclei hardly overlap
         centre, angle = (round(16 * x[i]), round(16 * y[i])), rng.uniform(0, 180)
-        dark = rng.uniform(0.9, 1.1) * (105 + 40 * chromatin[row[i], column[i]])
-        for shrink, shade in ((16, dark), (10, dark * (1 - 0.4 * large[i]))):
+        dark = rng.uniform(0.9, 1.1) * (110 + 40 * chromatin[row[i], column[i]])
+        for shrink, shade in ((16, dark), (11, dark * (1 - 0.65 * large[i]))):
             axes = (round(shrink * major[i]), round(shrink * minor[i]))  # shift=4: in 1/16 px
             cv2.ellipse(canvas, centre, axes, angle, 0, 360, shade, -1, cv2.LINE_AA, 4)
         drawn.append((x[i], y[i], 2 * np.sqrt(minor[i] * major[i])))

@@ -59,12 +59,12 @@ def evaluate(
     ensemble = load_ensemble(checkpoints, device)
     sections = store.of_patients(patients)
     check_unseen(ensemble, store, sections)
-    genes = _scored_genes(ensemble, store)
+    genes = scored_genes(ensemble, store)
     spots = store.spots(sections)
     predicted = predict_mean(ensemble, store, sections, progress=progress)
     columns = ensemble.genes.index.get_indexer(genes.index)
     pred_NG = standardise(predicted[:, columns], genes)
-    true_NG = standardise(_measured(ensemble, store, sections, genes), genes)
+    true_NG = standardise(measured(ensemble, store, sections, genes), genes)
     totals = spots["total_counts"].to_numpy(float)
     beside, ridge_facts = _controls(ensemble, store, sections, genes, totals, progress=progress)
     protocol = describe_protocol(ensemble, store, sections, genes, ridge_facts)
@@ -109,7 +109,7 @@ def standardise(log_units: np.ndarray, genes: pd.DataFrame) -> np.ndarray:
     return scaled
 
 
-def _scored_genes(ensemble: Ensemble, store: Store) -> pd.DataFrame:
+def scored_genes(ensemble: Ensemble, store: Store) -> pd.DataFrame:
     """The panel's genes that the store has measured."""
     panel = ensemble.genes[ensemble.genes["panel"]]
     here = panel[panel.index.isin(store.genes.index)]
@@ -125,7 +125,7 @@ def _raw(store: Store, sections: Sequence[str], genes: pd.DataFrame) -> sparse.c
     return store.counts(sections)[:, store.genes.index.get_indexer(genes.index)]
 
 
-def _measured(
+def measured(
     ensemble: Ensemble, store: Store, sections: Sequence[str], genes: pd.DataFrame
 ) -> np.ndarray:
     """What was measured, in log units on the ensemble's scale, (N, G)."""
@@ -165,7 +165,7 @@ def _controls(
         why = "not available: the training sections are not in this store, or only one is"
         return beside, {"colour_ridge": why}
     rows = training_rows(store.spots(train), ensemble.members[0].settings.protocol)
-    y_NG = standardise(_measured(ensemble, store, train, genes), genes)[rows]
+    y_NG = standardise(measured(ensemble, store, train, genes), genes)[rows]
     section_N = store.spots(train)["section"].to_numpy()[rows]
     features = controls.colour_features(store, train, progress=progress)[rows]
     ridge = controls.fit_colour_ridge(features, y_NG, section_N)

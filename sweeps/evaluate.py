@@ -1,0 +1,99 @@
+"""Judge a registered model on held-out patients and log the result back to MLflow.
+
+python sweeps/evaluate.py models:/brstnet@champion STORE --patients B --out DIR
+"""
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import Namespace
+from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
+
+from brstnet.__main__ import describe_summary
+from brstnet.config import Parser
+from brstnet.data.store import Store
+from brstnet.evaluation.evaluate import Evaluation, evaluate
+from brstnet.launch import pick_device
+from sweeps import tracking
+
+
+def make_parser() -> Parser:
+    """The command line."""
+    parser = Parser(prog="sweeps/evaluate.py", description="Judge a registered model.")
+    parser.add_argument("model", help="such as models:/brstnet@champion or models:/brstnet/3")
+    parser.add_argument("store", type=Path)
+    parser.add_argument("--patients", nargs="+", required=True, help="held-out patients")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="the sweeps' folder")
+    parser.add_argument("--tracking_uri", help="MLflow server; default: the database in --runs")
+    parser.add_argument("--gene_groups", type=Path, help="parquet: gene, group, maybe ceiling")
+    parser.add_argument("--device", default="auto")
+    return parser
+
+
+def judge(options: Namespace) -> Evaluation:
+    """Fetch the model, evaluate it, log the result under the trial it came from.
+
+    Raises:
+        FileNotFoundError: there is no such database.
+        ValueError: there is no such model, or it may not be judged on these patients.
+    """
+    if options.tracking_uri is None and not (options.runs / tracking.LOCAL_FILE).is_file():
+        raise FileNotFoundError(f"{options.runs / tracking.LOCAL_FILE}: no sweep was run here")
+    uri = options.tracking_uri or tracking.local_uri(options.runs)
+    client = tracking.connect(uri)
+    run_id = tracking.origin(client, options.model)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = download_artifacts(options.model, dst_path=scratch, tracking_uri=uri)
+        result = evaluate(
+            [Path(folder)],
+            Store(options.store),
+            options.patients,
+            options.out,
+            device=pick_device(options.device),
+            gene_groups=options.gene_groups,
+        )
+    log_evaluation(client, run_id, options, result)
+    return result
+
+
+def log_evaluation(
+    client: MlflowClient, trial_run: str, options: Namespace, result: Evaluation
+) -> None:
+    """A run with the summary's numbers and all files, below the trial that made the model."""
+    trial = client.get_run(trial_run)
+    patients = ", ".join(options.patients)
+    tags = {
+        "brstnet.sweep": trial.data.tags["brstnet.sweep"],
+        "brstnet.patients": patients,
+        "brstnet.protocol_line": result.protocol["line"],
+        "brstnet.model": options.model,
+    }
+    name = f"evaluation on {patients}"
+    experiment = trial.info.experiment_id
+    run_id = tracking.start_run(client, experiment, "evaluation", name, tags, trial_run)
+    numbers = {k: v for k, v in result.summary.items() if isinstance(v, int | float)}
+    tracking.log(client, run_id, numbers)
+    client.log_artifacts(run_id, str(options.out))
+    client.set_terminated(run_id)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; what the user can mend is told in a few lines, with exit code 2."""
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    try:
+        result = judge(options)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    print(describe_summary(result.summary))  # noqa: T201 - the command line's output
+    print(f"written to {options.out} and to MLflow")  # noqa: T201
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

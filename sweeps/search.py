@@ -1,0 +1,94 @@
+"""The search: Optuna through Tune, with the truth told about trials that were stopped."""
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.storages import RDBStorage
+from optuna.trial import TrialState
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search.optuna import OptunaSearch
+
+from sweeps.space import Sweep, first_points, suggest
+
+COUNTER = "folds_done"
+"""What ASHA counts. Tune's own training_iteration starts again after a restore."""
+
+
+def state_of(result: Mapping[str, Any] | None, folds: int, *, error: bool = False) -> TrialState:
+    """What became of a trial: COMPLETE with all folds, PRUNED with fewer, FAIL without a score."""
+    if error or not result or not math.isfinite(result.get("score", math.nan)):
+        return TrialState.FAIL
+    return TrialState.COMPLETE if result[COUNTER] >= folds else TrialState.PRUNED
+
+
+class SweepSearch(OptunaSearch):
+    """Ray's OptunaSearch, except that trials which ASHA stopped are told to Optuna as PRUNED.
+
+    As shipped they are told as COMPLETE, with their early value, and the last step never arrives.
+    """
+
+    def __init__(self, folds: int, **options: Any) -> None:
+        super().__init__(metric="score", mode="max", **options)
+        self._folds = folds
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Tell Optuna the running mean after each fold."""
+        if math.isfinite(result["score"]):
+            self._ot_trials[trial_id].report(result["score"], result[COUNTER])
+
+    def on_trial_complete(
+        self,
+        trial_id: str,
+        result: dict[str, Any] | None = None,
+        error: bool = False,  # noqa: FBT001, FBT002 - Tune's signature
+    ) -> None:
+        """Tell Optuna how the trial ended."""
+        if trial_id in self._completed_trials:
+            return
+        self._completed_trials.add(trial_id)
+        trial, state = self._ot_trials[trial_id], state_of(result, self._folds, error=error)
+        if state != TrialState.FAIL and result is not None:
+            trial.report(result["score"], result[COUNTER])
+        value = result["score"] if state == TrialState.COMPLETE and result else None
+        self._ot_study.tell(trial, value, state=state)
+
+
+def make_search(sweep: Sweep, out: Path) -> SweepSearch:
+    """The searcher, its study in a database under `out`, the paper's setting as trial 0."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = RDBStorage(
+        f"sqlite:///{out / 'optuna.db'}", engine_kwargs={"connect_args": {"timeout": 60}}
+    )
+    return SweepSearch(
+        folds=sweep.protocol.folds,
+        space=partial(suggest, space=sweep.space),
+        points_to_evaluate=first_points(sweep),
+        study_name=sweep.name,
+        storage=storage,
+        sampler=_sampler(sweep),
+    )
+
+
+def _sampler(sweep: Sweep) -> BaseSampler:
+    if sweep.search == "tpe":
+        return TPESampler(multivariate=True, group=True, constant_liar=True, seed=sweep.seed)
+    return RandomSampler(seed=sweep.seed)  # a grid is all first points: nothing is drawn
+
+
+def make_scheduler(sweep: Sweep) -> TrialScheduler:
+    """ASHA over the folds of a trial, or none."""
+    if sweep.pruning == "none":
+        return FIFOScheduler()
+    return ASHAScheduler(
+        time_attr=COUNTER,
+        metric="score",
+        mode="max",
+        max_t=sweep.protocol.folds,
+        grace_period=sweep.grace_folds,
+        reduction_factor=sweep.reduction_factor,
+    )
