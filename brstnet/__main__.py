@@ -159,7 +159,8 @@ def describe_summary(summary: Mapping[str, Any]) -> str:
         key = f"median_pcc{end}"
         if key in summary:
             given = partial or f"{summary[f'median_partial_pcc{end}']:.3f}"
-            above = [summary[f"genes_above_{t}{end}"] for t in ("0", "0.1", "0.3", "0.5")]
+            start = f"{end.removeprefix('_')}_" if end else ""
+            above = [summary[f"{start}genes_above_{t}"] for t in ("0", "0.1", "0.3", "0.5")]
             lines.append(row.format(name, f"{summary[key]:.3f}", given, *above))
     lines.append(
         f"  {summary['genes']} genes; aMAE {summary['aMAE']:.3f}, aRMSE {summary['aRMSE']:.3f} "

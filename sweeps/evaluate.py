@@ -45,9 +45,9 @@ def judge(options: Namespace) -> Evaluation:
         raise FileNotFoundError(f"{options.runs / tracking.LOCAL_FILE}: no sweep was run here")
     uri = options.tracking_uri or tracking.local_uri(options.runs)
     client = tracking.connect(uri)
-    run_id = tracking.origin(client, options.model)
+    version = tracking.find_version(client, options.model)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = download_artifacts(options.model, dst_path=scratch, tracking_uri=uri)
+        folder = download_artifacts(version.source, dst_path=scratch, tracking_uri=uri)
         result = evaluate(
             [Path(folder)],
             Store(options.store),
@@ -56,7 +56,7 @@ def judge(options: Namespace) -> Evaluation:
             device=pick_device(options.device),
             gene_groups=options.gene_groups,
         )
-    log_evaluation(client, run_id, options, result)
+    log_evaluation(client, version.run_id, options, result)
     return result
 
 
@@ -76,6 +76,8 @@ def log_evaluation(
     experiment = trial.info.experiment_id
     run_id = tracking.start_run(client, experiment, "evaluation", name, tags, trial_run)
     numbers = {k: v for k, v in result.summary.items() if isinstance(v, int | float)}
+    for group, found in result.summary.get("groups", {}).items():
+        numbers |= {f"{group}_{k}": v for k, v in found.items()}
     tracking.log(client, run_id, numbers)
     client.log_artifacts(run_id, str(options.out))
     client.set_terminated(run_id)

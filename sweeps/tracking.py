@@ -15,6 +15,7 @@ from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.utils.time import get_current_time_millis
 
@@ -175,8 +176,8 @@ def stop_open_runs(client: MlflowClient, out: Path) -> None:
                 client.set_terminated(run_id, status="KILLED")
 
 
-def origin(client: MlflowClient, model: str) -> str:
-    """The run that a registered model came from.
+def find_version(client: MlflowClient, model: str) -> ModelVersion:
+    """The registry's entry of a model: where its files are, and the run it came from.
 
     Raises:
         ValueError: the address is not of the form models:/NAME@ALIAS or models:/NAME/VERSION, or
@@ -185,9 +186,9 @@ def origin(client: MlflowClient, model: str) -> str:
     name, at, alias = model.removeprefix("models:/").partition("@")
     try:
         if at:
-            return str(client.get_model_version_by_alias(name, alias).run_id)
+            return client.get_model_version_by_alias(name, alias)
         name, _, version = name.partition("/")
-        return str(client.get_model_version(name, version).run_id)
+        return client.get_model_version(name, version)
     except MlflowException as error:
         raise ValueError(
             f"{model}: no such model in the registry ({error.message}); it must be "

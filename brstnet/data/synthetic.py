@@ -1,9 +1,9 @@
-"""Demo tissue in the `stnet` raw layout: drawn H&E-like slides whose morphology drives planted genes.
+"""Demo tissue in the `stnet` raw layout: H&E-like slides whose morphology drives planted genes.
 
 Three morphology drivers are measured in each drawn slide, in a window around each spot. The share
 of the counts that a planted gene takes follows one driver; that of a null gene is constant.
 
-Shapes: S array spots of all sections; G genes; H, W slide pixels, also written (H, W).
+Shapes: S array spots of all sections; G genes; H, W slide pixels; 2 stains; C colours (RGB).
 """
 
 import gzip
@@ -22,9 +22,9 @@ Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
 SUBTYPES = ("HER2_luminal", "HER2_non_luminal", "Luminal_A", "Luminal_B", "TNBC")
-DRIVERS = ("nuclear_fraction", "nucleus_diameter", "eosin")
-# Range of relative shares by (block, group). "high" never overlaps "rest", so it is the top by
-# mean; the tail of the rest is so rare that a section may lack a gene altogether.
+DRIVERS = ["nuclear_fraction", "nucleus_diameter", "eosin"]
+# Range of relative shares by (block, group). "high" never meets "rest", so it is the top by mean;
+# the tail of the rest is so rare that a section may lack a gene altogether.
 SHARES = {
     ("high", "planted"): (1.0, 3.0),
     ("high", "null"): (1.0, 3.0),
@@ -33,19 +33,19 @@ SHARES = {
 }
 HIGH_GENES = 120
 # Log share per standard deviation of the driver, and negative binomial dispersion: together they
-# set the ceiling of the high planted genes near 0.8.
+# put the ceiling of the high planted genes near 0.8.
 EFFECTS = (0.35, 0.65)
 DISPERSION = 0.08
 MEDIAN_COUNTS = 8000
-SHALLOW = 0.02  # of the spots under tissue fail: a twentieth of the counts, for the spot ledger
-MIN_COUNTS = 1000  # the paper's spot filter: a ceiling is that of the spots which pass it
-# Optical density of haematoxylin, eosin in red, green, blue: read off her2st slides C2 and B4.
+SHALLOW = 0.02  # of the spots fail, with a twentieth of the counts: something for the spot ledger
+MIN_COUNTS = 1000  # the paper's spot filter; a ceiling is that of the spots which pass it
+# Optical density of haematoxylin and eosin, read off nuclei and stroma of her2st C2 and B4.
 STAINS_2C = np.array([[0.67, 0.67, 0.33], [0.24, 0.87, 0.42]])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """What to draw; the same settings give the same bytes."""
+    """What to draw. On one machine the same settings give the same bytes."""
 
     patients: int = 7
     sections_per_patient: int = 2
@@ -74,7 +74,7 @@ class Demo:
 
     @property
     def array_side(self) -> int:
-        """Spots along a side of the array, a third of which lies off the tissue."""
+        """Spots along a side of the array, about a third of which lies off the tissue."""
         return int(np.ceil(np.sqrt(1.5 * self.spots_per_section)))
 
     @property
@@ -93,10 +93,10 @@ def make_demo(
     demo: Demo | None = None,
     progress: Callable[[str], object] = lambda section: None,
 ) -> None:
-    """Write demo slides, counts and their truth to `folder`; `progress` hears of each slide drawn.
+    """Write slides, counts and their truth to `folder`; `progress` hears of each section drawn.
 
-    `truth.parquet`: gene, block, group, driver, effect, ceiling (no driver, no ceiling for a null).
-    `truth_spots.parquet`: section, spot, standardised drivers, library_size of spots under tissue.
+    `truth.parquet`: gene, block, group, driver, effect, ceiling (neither first nor last if null).
+    `truth_spots.parquet`: section, spot, standardised drivers, library_size, of spots under tissue.
 
     Raises:
         FileExistsError: `folder` is a file, or a folder that is not empty.
@@ -117,23 +117,26 @@ def demo_files(demo: Demo, progress: Callable[[str], object]) -> Iterator[tuple[
     slides, drawn = {}, {}
     for patient in range(1, demo.patients + 1):
         for replicate in range(1, demo.sections_per_patient + 1):
-            name = f"BC{90000 + patient}_C{replicate}"
-            slides[name], drawn[name] = draw_section(demo, patient, replicate)
-            progress(name)
+            section = f"BC{90000 + patient}_C{replicate}"
+            slides[section], drawn[section] = draw_section(demo, patient, replicate)
+            progress(section)
     spots = pd.concat(drawn, names=["section", "spot"])
-    drivers = (spots[list(DRIVERS)] - spots[list(DRIVERS)].mean()) / spots[list(DRIVERS)].std()
-    spots[list(DRIVERS)] = drivers.fillna(0.0)  # off the tissue, or no nucleus in the window
-    genes, expected, counts = plant_counts(demo, spots)
+    standardised = (spots[DRIVERS] - spots[DRIVERS].mean()) / spots[DRIVERS].std()
+    spots[DRIVERS] = standardised.fillna(0.0)  # off the tissue, or no nucleus in the window
+    genes, expected_SG, counts_SG = plant_counts(demo, spots)
     rows = []
-    for number, name in enumerate(slides):
-        files = section_files(number, name, slides[name], spots.loc[name], counts.loc[name])
+    for number, (section, jpeg) in enumerate(slides.items()):
+        here = (table.loc[[section]].droplevel("section") for table in (spots, counts_SG))
+        files = section_files(section, jpeg, *here)
+        patient_id, replicate_id = section.split("_")
         subtype = SUBTYPES[number // demo.sections_per_patient % len(SUBTYPES)]
-        row = dict(zip(("patient", "replicate"), name.split("_"), strict=True))
-        rows.append({"type": subtype} | row | {column: file for column, (file, _) in files.items()})
+        row = {"type": subtype, "patient": patient_id, "replicate": replicate_id}
+        rows.append(row | {column: name for column, (name, _) in files.items()})
         yield from files.values()
     yield "metadata.csv", pd.DataFrame(rows).to_csv(index=False).encode()
-    genes["ceiling"] = ceilings(expected, counts, spots["under_tissue"])
-    genes.loc[genes["group"] == "null", "ceiling"] = np.nan
+    scored = spots["under_tissue"] & (counts_SG.sum(axis=1) >= MIN_COUNTS)
+    ceiling = ceilings(expected_SG[scored], counts_SG[scored])
+    genes["ceiling"] = np.where(genes["group"] == "planted", ceiling, np.nan)
     yield "truth.parquet", genes.to_parquet(index=False)
     truth = spots.loc[spots["under_tissue"], [*DRIVERS, "library_size"]].reset_index()
     yield "truth_spots.parquet", truth.to_parquet(index=False)
@@ -150,12 +153,12 @@ def draw_section(demo: Demo, patient: int, replicate: int) -> tuple[bytes, pd.Da
     scale = demo.pitch_px / 72
     spots = array_spots(demo, rng)
     tissue, spots["under_tissue"] = draw_outline(demo, spots, rng)
-    density, size, fibre, chromatin, haze = (  # each uniform in 0..1
+    density, size, fibre, chromatin, haze = (  # uniform in 0..1; the last two drive no gene
         special.ndtr(smooth_field(rng, demo.size_px, 65 * scale)) for _ in range(5)
     )
     nuclei, haematoxylin = draw_nuclei(rng, tissue, density, size, chromatin, scale)
     eosin = draw_fibres(rng, fibre, scale)
-    spots[list(DRIVERS)] = measure(demo, spots, nuclei, tissue, haematoxylin, eosin)
+    spots[DRIVERS] = measure(demo, spots, nuclei, tissue, haematoxylin > 0, eosin)
     depth = 0.35 * smooth_field(rng, demo.size_px, 100 * scale)[pixels(spots)]
     depth += rng.normal(0, 0.25, len(spots)) + of_patient.normal(0, 0.15)
     depth += np.log(0.05) * (rng.random(len(spots)) < SHALLOW)
@@ -178,7 +181,7 @@ def array_spots(demo: Demo, rng: np.random.Generator) -> pd.DataFrame:
 
 def pixels(spots: pd.DataFrame) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
     """Row and column of each spot, to index an image (H, W)."""
-    return spots["Y"].to_numpy(np.intp), spots["X"].to_numpy(np.intp)
+    return spots["Y"].to_numpy().astype(np.intp), spots["X"].to_numpy().astype(np.intp)
 
 
 def smooth_field(rng: np.random.Generator, size_px: int, sigma_px: float) -> Array:
@@ -212,7 +215,7 @@ def draw_nuclei(
     """Nuclei drawn (x, y, diameter in px; one a row) and their haematoxylin (H, W), else zero.
 
     The area they cover follows `density`, whatever their `size`; they go from small and dark, like
-    lymphocytes, to large and pale with a darker rim, like tumour cells.
+    lymphocytes, to large with a dark rim around a pale core, like tumour cells.
     """
     step = 5 * scale
     y, x = np.mgrid[: len(tissue) : step, : len(tissue) : step].reshape(2, -1)
@@ -221,18 +224,19 @@ def draw_nuclei(
     large = size[row, column]
     minor = scale * (2.3 + 4.7 * large) * rng.uniform(0.88, 1.12, x.shape)
     major = minor * rng.uniform(1.05, 1.5, x.shape)
-    wanted = (0.05 + 0.4 * density[row, column]) * (1 + 0.8 * large)
-    wanted *= step**2 / (np.pi * minor * major)
-    wanted[~tissue[row, column]] = 0
+    wanted = (0.05 + 0.4 * density[row, column]) * step**2 / (np.pi * minor * major)
+    wanted *= (1 + 0.8 * large) * tissue[row, column]  # large ones are refused more often below
     canvas, drawn = np.zeros(tissue.shape, np.uint8), []
     for i in rng.permutation(np.flatnonzero(rng.random(x.shape) < wanted)):
         if canvas[row[i], column[i]]:
             continue  # nuclei hardly overlap
         centre, angle = (round(16 * x[i]), round(16 * y[i])), rng.uniform(0, 180)
-        dark = rng.uniform(0.9, 1.1) * (110 + 40 * chromatin[row[i], column[i]])
-        for shrink, shade in ((16, dark), (11, dark * (1 - 0.65 * large[i]))):
-            axes = (round(shrink * major[i]), round(shrink * minor[i]))  # shift=4: in 1/16 px
-            cv2.ellipse(canvas, centre, axes, angle, 0, 360, shade, -1, cv2.LINE_AA, 4)
+        rim = rng.uniform(0.9, 1.1) * (110 + 40 * chromatin[row[i], column[i]])
+        for shrink, shade in ((1, rim), (0.7, rim * (1 - 0.65 * large[i]))):
+            axes = round(16 * shrink * major[i]), round(16 * shrink * minor[i])
+            cv2.ellipse(  # the last argument, 4: coordinates come in sixteenths of a pixel
+                canvas, centre, axes, angle, 0, 360, shade, cv2.FILLED, cv2.LINE_AA, 4
+            )
         drawn.append((x[i], y[i], 2 * np.sqrt(minor[i] * major[i])))
     return np.array(drawn), canvas / 100
 
@@ -248,14 +252,14 @@ def draw_fibres(rng: np.random.Generator, strength: Array, scale: float) -> Arra
         dx, dy = round(reach * np.cos(angle)), round(reach * np.sin(angle))
         cv2.line(line, (reach - dx, reach - dy), (reach + dx, reach + dy), 1.0)
         streaks += np.cos(direction - angle) ** 8 * cv2.filter2D(noise, -1, line / line.sum())
-    streaks = cv2.GaussianBlur(streaks, (0, 0), 1.1 * scale)
-    return (0.18 + 0.5 * strength) * (1 + 0.3 * streaks / streaks.std()).clip(0.2, 2)
+    streaks = ndimage.gaussian_filter(streaks, 1.1 * scale)
+    return (0.12 + 0.7 * strength) * (1 + 0.3 * streaks / streaks.std()).clip(0.2, 2)
 
 
 def measure(
-    demo: Demo, spots: pd.DataFrame, nuclei: Array, tissue: Mask, haematoxylin: Array, eosin: Array
+    demo: Demo, spots: pd.DataFrame, nuclei: Array, tissue: Mask, nuclear: Mask, eosin: Array
 ) -> Array:
-    """The drivers (spots, 3) in the window around each spot, NaN off the tissue.
+    """The drivers (spots, 3) in the window around each spot; NaN off the tissue.
 
     They are nuclear area as a fraction of the tissue, mean diameter (px) of the nuclei centred in
     the window, and mean eosin (optical density) of the tissue between nuclei.
@@ -266,17 +270,16 @@ def measure(
         x, y = spots["X"].iloc[i], spots["Y"].iloc[i]
         window = np.s_[int(y) - half : int(y) + half, int(x) - half : int(x) + half]
         inside = np.abs(nuclei[:, :2] - [x, y]).max(axis=1) < half
-        nuclear = haematoxylin[window] > 0
-        drivers[i, 0] = nuclear.sum() / tissue[window].sum()
-        if inside.any():
-            drivers[i, 1] = nuclei[inside, 2].mean()
-        drivers[i, 2] = eosin[window][tissue[window] & ~nuclear].mean()
+        seen, stained = tissue[window], nuclear[window]
+        drivers[i, 0] = (seen & stained).sum() / seen.sum()
+        drivers[i, 1] = nuclei[inside, 2].mean() if inside.any() else np.nan
+        drivers[i, 2] = eosin[window][seen & ~stained].mean()
     return drivers
 
 
 def shift_stains(stains_2C: Array, rng: np.random.Generator, spread: float) -> Array:
-    """The stains as another bath would give them: colours off by `spread`, strengths by more."""
-    return (stains_2C + rng.normal(0, spread, (2, 3))) * np.exp(rng.normal(0, 4 * spread, (2, 1)))
+    """The stains as another bath would give them: colours off by `spread`, strengths by thrice."""
+    return (stains_2C + rng.normal(0, spread, (2, 3))) * np.exp(rng.normal(0, 3 * spread, (2, 1)))
 
 
 def render(
@@ -287,14 +290,13 @@ def render(
     haze: Array,
     stains_2C: Array,
 ) -> Array:
-    """Light passed (H, W, RGB), 1 for the empty slide, by the Beer-Lambert law."""
-    soft = cv2.GaussianBlur(tissue.astype(float), (0, 0), 1.2)
-    nuclear = cv2.GaussianBlur(haematoxylin, (0, 0), 0.7)
-    nuclear *= 1 + 0.12 * rng.normal(size=nuclear.shape)  # chromatin
-    stained = np.stack(
-        [0.05 + 0.15 * haze + nuclear, eosin * (1 - 0.45 * nuclear.clip(0, 1))], axis=-1
-    )
-    light = np.exp(-(soft[..., None] * stained) @ stains_2C)
+    """Light passed (H, W, C), 1 where the slide is empty, by the Beer-Lambert law."""
+    soft = ndimage.gaussian_filter(tissue.astype(float), 1.2)
+    nuclear = ndimage.gaussian_filter(haematoxylin, 0.7)
+    nuclear *= 1 + 0.12 * rng.normal(size=nuclear.shape)
+    blue = soft * (0.05 + 0.12 * haze + nuclear)
+    pink = soft * eosin * (1 - 0.45 * nuclear.clip(0, 1))
+    light = np.exp(-np.stack([blue, pink], axis=-1) @ stains_2C)
     return light + rng.normal(0, 0.006, light.shape)
 
 
@@ -304,47 +306,47 @@ def render(
 def plant_counts(demo: Demo, spots: pd.DataFrame) -> tuple[pd.DataFrame, Array, pd.DataFrame]:
     """Genes with their truth, expected counts (S, G) and negative binomial counts (S, G).
 
-    Each block and group keeps a constant total share whatever its genes do, so a null gene stays
-    null once counts are divided by the spot total.
+    Each block and group keeps its total share in every spot, whatever its genes do, so that a null
+    gene stays null when counts are divided by the spot total.
     """
     rng = np.random.default_rng(demo.seed)
-    ids = iter(rng.permutation(demo.genes) + 99900000001)
+    ids = rng.permutation(demo.genes) + 99900000001  # no real gene is so named
     tables, shares = [], []
     for (block, group), (low, high) in SHARES.items():
-        size = HIGH_GENES if block == "high" else demo.genes - HIGH_GENES
-        number = np.arange(size // 2 if group == "planted" else size - size // 2)
+        both = HIGH_GENES if block == "high" else demo.genes - HIGH_GENES
+        number = np.arange(both // 2 if group == "planted" else both - both // 2)
         base = np.exp(rng.uniform(np.log(low), np.log(high), len(number)))
-        planted = group == "planted"
-        effect = rng.uniform(*EFFECTS, len(number)) * (-1) ** (number // 3) * planted
-        share = base * np.exp(effect * spots[list(DRIVERS)].to_numpy()[:, number % 3])
+        effect = rng.uniform(*EFFECTS, len(number)) * (-1) ** (number // 3) * (group == "planted")
+        share = base * np.exp(effect * spots[DRIVERS].to_numpy()[:, number % 3])
         shares.append(share * base.sum() / share.sum(axis=1, keepdims=True))
-        table = {"gene": [f"ENSG{next(ids)}" for _ in number], "block": block, "group": group}
-        driver = [DRIVERS[i % 3] if planted else None for i in number]
-        tables.append(pd.DataFrame(table | {"driver": driver, "effect": effect}))
+        driver = [DRIVERS[i % 3] if group == "planted" else None for i in number]
+        table = {"block": block, "group": group, "driver": driver, "effect": effect}
+        tables.append(pd.DataFrame(table))
     genes = pd.concat(tables, ignore_index=True)
-    share = np.hstack(shares)
-    library = spots["library_size"].to_numpy()[:, None]
-    expected = library * share / share[0].sum()
-    counts = rng.poisson(expected * rng.gamma(1 / DISPERSION, DISPERSION, expected.shape))
-    return genes, expected, pd.DataFrame(counts, index=spots.index, columns=genes["gene"])
+    genes.insert(0, "gene", [f"ENSG{i}" for i in ids])
+    share_SG = np.hstack(shares) / np.hstack(shares).sum(axis=1, keepdims=True)
+    expected_SG = spots["library_size"].to_numpy()[:, None] * share_SG
+    noise_SG = rng.gamma(1 / DISPERSION, DISPERSION, expected_SG.shape)
+    counts = rng.poisson(expected_SG * noise_SG)
+    return genes, expected_SG, pd.DataFrame(counts, index=spots.index, columns=genes["gene"])
 
 
-def ceilings(expected: Array, counts: pd.DataFrame, inside: pd.Series) -> Array:
-    """Correlation, by gene, of the noiseless with the measured target; mean over sections.
+def ceilings(expected_SG: Array, counts_SG: pd.DataFrame) -> Array:
+    """Correlation of the noiseless with the measured target by gene (G), averaged over sections.
 
-    The target is log1p(count / spot total * median total); noiseless, it has the expected count.
+    The target is log1p(count / spot total * median total); the noiseless one has expected counts.
+    A gene that a section lacks is left out of that section's average.
     """
-    totals = counts.sum(axis=1).to_numpy()
-    scored = inside.to_numpy() & (totals >= MIN_COUNTS)
-    median = np.median(totals[scored])
-    noiseless = np.log1p(expected / expected.sum(axis=1, keepdims=True) * median)
-    measured = np.log1p(counts.to_numpy() / totals.clip(1)[:, None] * median)
-    sections = counts.index.get_level_values("section")
+    totals = counts_SG.sum(axis=1).median()
     by_section = []
-    for name in sections.unique():
-        rows = scored & (sections == name)
-        a, b = (t[rows] - t[rows].mean(axis=0) for t in (noiseless, measured))
-        with np.errstate(invalid="ignore"):  # a constant target has no correlation: NaN
+    for _, counts in counts_SG.groupby(level="section"):
+        expected = expected_SG[counts_SG.index.get_indexer(counts.index)]
+        a, b = (
+            np.log1p(c / c.sum(axis=1, keepdims=True) * totals)
+            for c in (expected, counts.to_numpy())
+        )
+        a, b = a - a.mean(axis=0), b - b.mean(axis=0)
+        with np.errstate(invalid="ignore"):  # 0 / 0 where a section lacks a gene
             by_section.append(
                 (a * b).sum(axis=0) / np.sqrt((a**2).sum(axis=0) * (b**2).sum(axis=0))
             )
@@ -352,31 +354,33 @@ def ceilings(expected: Array, counts: pd.DataFrame, inside: pd.Series) -> Array:
 
 
 def section_files(
-    number: int, name: str, jpeg: bytes, spots: pd.DataFrame, counts: pd.DataFrame
+    section: str, jpeg: bytes, spots: pd.DataFrame, counts: pd.DataFrame
 ) -> dict[str, tuple[str, bytes]]:
-    """File name and content by column of metadata.csv; the BT and BC prefixes mixed as in the real set."""
-    inside = spots[spots["under_tissue"]]
-    tumour = (inside[["nuclear_fraction", "nucleus_diameter"]] > 0).all(axis=1)
-    lines = ["xcoord\tycoord\tlab\ttumor"]  # four names over five columns, as in the real set
-    for i, (spot, is_tumour) in enumerate(tumour.items(), start=1):
-        x, y = (float(c) for c in str(spot).split("x"))
-        shift = 0.02 if i % 7 == 0 else 0.0  # some coordinates are not whole numbers
-        lines.append(f"{i}\t{x + shift:g}\t{y - shift:g}\tL1\t{'tumor' if is_tumour else 'non'}")
-    expressed = counts.loc[:, counts.any()]
-    slide = name.replace("BC", "BT") if number % 3 else name
-    listed = name.replace("BC", "BT") if number % 2 else name
+    """File name and content for each column of metadata.csv, with the quirks of the real files."""
+    under = spots[spots["under_tissue"]]
+    pixels_csv = under[["X", "Y"]].to_csv(index_label="")
+    counts_tsv = counts.loc[:, counts.any()].to_csv(sep="\t", index_label="")
+    other = section.replace("BC", "BT")  # both prefixes occur within a section
+    slide = other if int(section[-1]) % 2 else section
     return {
         "histology_image": (f"HE_{slide}.jpg", jpeg),
-        "spot_coordinates": (
-            f"spots_{listed}.csv.gz",
-            zipped(inside[["X", "Y"]].to_csv(index_label="")),
-        ),
-        "count_matrix": (
-            f"{name}_stdata.tsv.gz",
-            zipped(expressed.to_csv(sep="\t", index_label="")),
-        ),
-        "tumor_annotation": (f"{name}_Coords.tsv.gz", zipped("\r".join(lines) + "\r")),
+        "spot_coordinates": (f"spots_{other}.csv.gz", zipped(pixels_csv)),
+        "count_matrix": (f"{section}_stdata.tsv.gz", zipped(counts_tsv)),
+        "tumor_annotation": (f"{section}_Coords.tsv.gz", zipped(tumour_labels(under))),
     }
+
+
+def tumour_labels(spots: pd.DataFrame) -> str:
+    """Labels as in the real files: CR line ends, 4 names over 5 columns, some x and y not whole.
+
+    Tumour is where nuclei are larger and denser than on average.
+    """
+    lines = ["xcoord\tycoord\tlab\ttumor"]
+    tumour = (spots[["nuclear_fraction", "nucleus_diameter"]] > 0).all(axis=1)
+    for i, (spot, is_tumour) in enumerate(tumour.items(), start=1):
+        x, y = (int(c) + (0.02 if i % 7 == 0 else 0) for c in str(spot).split("x"))
+        lines.append(f"{i}\t{x}\t{y}\tL1\t{'tumor' if is_tumour else 'non'}")
+    return "\r".join([*lines, ""])
 
 
 def zipped(text: str) -> bytes:

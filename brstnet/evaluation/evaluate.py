@@ -221,7 +221,15 @@ def describe_protocol(
         "spots": {name: store.sections[name]["spots_kept"] for name in sections},
         "genes": len(genes),
         "panel_genes_not_in_store": missing,
-        "models": [str(m.path) for m in ensemble.members],
+        "models": [
+            {
+                "settings": m.settings.fingerprint(),
+                "fold": m.fold.number,
+                "epoch": int(m.facts["scores"]["epoch"]),
+                "validation_score": m.facts["scores"]["score"],
+            }
+            for m in ensemble.members
+        ],
         "training": plain(first.settings.training),
         "store": store.digest,
         "trained_on_store": trained["digest"],

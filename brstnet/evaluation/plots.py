@@ -1,5 +1,6 @@
 """Figures: `..._info` makes a table, `plot_...` draws it and computes nothing."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def plot_histogram(info: pd.DataFrame, title: str) -> Figure:
         axes.axvline(threshold, color="black", linewidth=0.6, linestyle=":")
     axes.set_xlabel("PCC on held-out sections (median over sections)")
     axes.set_ylabel("genes")
-    axes.set_title(title, fontsize=9)
+    axes.set_title(textwrap.fill(title, 100), fontsize=9)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
@@ -87,7 +88,7 @@ def plot_map(info: pd.DataFrame, titles: dict[str, str], heading: str) -> Figure
             figure.colorbar(dots, ax=panel, shrink=0.7)
         axes[0, 0].set_ylabel("measured")
         axes[1, 0].set_ylabel("predicted")
-    figure.suptitle(heading, fontsize=9)
+    figure.suptitle(textwrap.fill(heading, 44 * len(genes)), fontsize=9)
     return figure
 
 

@@ -81,7 +81,7 @@ def summarise(genes: pd.DataFrame) -> dict[str, Any]:
     for control in ("depth_only", "colour_ridge"):
         if f"pcc_{control}" in genes:
             above = metrics.counts_above(genes[f"pcc_{control}"])
-            summary |= {f"{key}_{control}": n for key, n in above.items()}
+            summary |= {f"{control}_{key}": n for key, n in above.items()}
     return summary
 
 

@@ -1,0 +1,62 @@
+"""What many tests need: demo tissue, a store of it, settings that train in a second, real tissue."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from brstnet.config import Prepare, Protocol, Settings, Training
+from brstnet.data.prepare import prepare
+from brstnet.data.store import Store
+from brstnet.data.synthetic import Demo, make_demo
+
+HER2ST = Path(__file__).parents[2] / "shared" / "data" / "her2st"
+HELD_OUT = "BC90006"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads() -> None:
+    torch.set_num_threads(int(os.environ.get("BRSTNET_TEST_THREADS", "1")))
+
+
+@pytest.fixture(scope="session")
+def her2st_raw() -> Path:
+    """Real tissue: 5 slides, 33 count matrices."""
+    if not HER2ST.is_dir():
+        pytest.skip(f"real tissue is not here: {HER2ST}")
+    return HER2ST
+
+
+@pytest.fixture(scope="session")
+def demo_raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Demo tissue in the stnet layout: 6 patients, one section of about 24 spots each."""
+    folder = tmp_path_factory.mktemp("demo") / "raw"
+    make_demo(folder, Demo(patients=6, sections_per_patient=1, spots_per_section=24, genes=150))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_store(demo_raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """The demo tissue as a store of 32 px patches; not to be changed."""
+    settings = Prepare(layout="stnet", window_px=64, input_px=32, held_out=(HELD_OUT,))
+    folder = tmp_path_factory.mktemp("store") / "demo"
+    return prepare(demo_raw, folder, settings, progress=False)
+
+
+@pytest.fixture
+def settings() -> Settings:
+    """Two epochs of timm's smallest ResNet on two folds."""
+    return Settings(
+        protocol=Protocol(held_out=(HELD_OUT,), folds=2, panel_size=40),
+        training=Training(
+            backbone="test_resnet",
+            genes=60,
+            epochs=2,
+            batch_size=8,
+            learning_rate=0.02,
+            aux_weight=1.0,
+            schedule="cosine",
+            stopping="fixed",
+        ),
+    )
