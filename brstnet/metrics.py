@@ -88,11 +88,19 @@ def partial_pearson(pred: Any, true: Any, given: Any) -> np.ndarray:
     """Correlation per gene (G,) of what is left once `given` (N,) is regressed out of both sides.
 
     The depth control: with `given` the log of the spots' total counts it says what a model knows
-    beyond the library size. NaN where either side is constant or wholly explained by `given`.
+    beyond the library size. NaN where either side is constant or wholly explained by `given`; a
+    `given` that is constant explains nothing, and leaves the plain correlation.
+
+    Raises:
+        ValueError: the shapes differ or are not two-dimensional.
     """
     pred, true = _pair(pred, true)
-    given = np.broadcast_to(np.asarray(given, np.float64).reshape(-1, 1), pred.shape)
-    r_pt, r_pz, r_tz = pearson(pred, true), pearson(pred, given), pearson(true, given)
+    given = np.asarray(given, np.float64).ravel()
+    if len(given) != len(pred):
+        raise ValueError(f"given must have one value per spot ({len(pred)}), got {len(given)}")
+    given = np.broadcast_to(given[:, None], pred.shape)
+    r_pt = pearson(pred, true)
+    r_pz, r_tz = (np.nan_to_num(pearson(side, given)) for side in (pred, true))
     left = (1 - r_pz**2) * (1 - r_tz**2)
     with np.errstate(divide="ignore", invalid="ignore"):
         partial = (r_pt - r_pz * r_tz) / np.sqrt(left)

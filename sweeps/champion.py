@@ -38,9 +38,8 @@ def describe_leaderboard(outcomes: Sequence[dict[str, Any]], sweep: Sweep) -> st
         score = "-" if outcome["score"] is None else f"{outcome['score']:.4f}"
         folds = " ".join(f"{s:.3f}" for s in outcome["scores"])
         config = ", ".join(f"{k}={_short(v)}" for k, v in outcome["config"].items())
-        lines.append(
-            f"{place:>4}  {outcome['trial']:>5}  {outcome['state']:<8}  {score:>6}   {folds:<31}  {config}"
-        )
+        state = f"{outcome['trial']:>5}  {outcome['state']:<8}"
+        lines.append(f"{place:>4}  {state}  {score:>6}   {folds:<31}  {config}")
     lines.append(
         "score: median over the panel's genes of the per-section PCC averaged over a fold's "
         "validation patients, mean over the folds"

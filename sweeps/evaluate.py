@@ -56,7 +56,7 @@ def judge(options: Namespace) -> Evaluation:
             device=pick_device(options.device),
             gene_groups=options.gene_groups,
         )
-    log_evaluation(client, version.run_id, options, result)
+    log_evaluation(client, str(version.run_id), options, result)
     return result
 
 

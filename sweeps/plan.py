@@ -48,8 +48,8 @@ def _describe_folds(sweep: Sweep, store: Store) -> list[str]:
         groups = sorted({store.sections[name][key] for name in fold.validation})
         spots = sum(store.sections[name]["spots_kept"] for name in fold.train)
         lines.append(
-            f"  fold {fold.number}: validates on {key} {', '.join(groups)}; trains on {spots} spots "
-            f"of {len(fold.train)} sections"
+            f"  fold {fold.number}: validates on {key} {', '.join(groups)}; trains on "
+            f"{spots} spots of {len(fold.train)} sections"
         )
     return lines
 
@@ -81,7 +81,7 @@ def slots(sweep: Sweep, resources: Mapping[str, float], gpus_per_worker: float) 
         has = ", ".join(f"{resources.get(name, 0):g} {name}" for name in wanted)
         needs = ", ".join(f"{v:g} {name}" for name, v in wanted.items() if v)
         raise ValueError(
-            f"a trial needs {sweep.workers_per_trial} worker(s) of {needs} each, but the cluster has "
-            f"{has}: lower workers_per_trial, cpus_per_worker or gpus_per_worker"
+            f"a trial needs {sweep.workers_per_trial} worker(s) of {needs} each, but the cluster "
+            f"has {has}: lower workers_per_trial, cpus_per_worker or gpus_per_worker"
         )
     return int(min(fits))

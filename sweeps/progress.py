@@ -46,12 +46,10 @@ class SweepProgress(Callback):
         """A fold is finished."""
         if not math.isfinite(result["score"]):
             return
-        folds, done = self.job.sweep.protocol.folds, result[COUNTER]
-        self._line(
-            f"trial {trial.config[NUMBER]}: {done} of {folds} folds, mean score {result['score']:.4f}"
-        )
+        folds, done, score = self.job.sweep.protocol.folds, result[COUNTER], result["score"]
+        self._line(f"trial {trial.config[NUMBER]}: {done} of {folds} folds, mean score {score:.4f}")
         if done == folds:
-            self.best = max(self.best, result["score"])
+            self.best = max(self.best, score)
             self.bar.set_postfix_str(f"best {self.best:.4f}")
         self.bar.update(1)
 

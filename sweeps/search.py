@@ -55,6 +55,7 @@ class SweepSearch(OptunaSearch):
         if state != TrialState.FAIL and result is not None:
             trial.report(result["score"], result[COUNTER])
         value = result["score"] if state == TrialState.COMPLETE and result else None
+        assert self._ot_study is not None
         self._ot_study.tell(trial, value, state=state)
 
 

@@ -92,13 +92,7 @@ def check_space(sweep: Sweep) -> None:
     Raises:
         ValueError: a name is no training setting, a range is wrong, a value is not valid.
     """
-    if not sweep.name or set(sweep.name) & set("/\\'\" "):
-        raise ValueError(f"name must be usable as a folder, got {sweep.name!r}")
-    for name in ("workers_per_trial", "cpus_per_worker", "grace_folds"):
-        if getattr(sweep, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(sweep, name)}")
-    if sweep.reduction_factor < 2:
-        raise ValueError(f"reduction_factor must be at least 2, got {sweep.reduction_factor}")
+    _check_numbers(sweep)
     for name, values in sweep.space.items():
         if name not in SEARCHABLE:
             hint = " (it is protocol: the same for all trials)" if hasattr(Protocol, name) else ""
@@ -106,18 +100,35 @@ def check_space(sweep: Sweep) -> None:
                 f"space.{name} cannot be searched{hint}; valid names: {', '.join(SEARCHABLE)}"
             )
         _check_range(name, values, grid=sweep.search == "grid")
-    if sweep.trials is None and sweep.search != "grid":
-        raise ValueError(f"trials must be given for search: {sweep.search}")
-    if sweep.trials is not None and sweep.trials < 1:
-        raise ValueError(f"trials must be at least 1, got {sweep.trials}")
-    for name, value in _extremes(sweep.space):
-        rest = {"auxnet": True} if name == "genes" and True in sweep.space.get("auxnet", []) else {}
-        settings = sweep.settings({name: value, **rest})
-        timm_name(settings.training.backbone)
+    _check_values(sweep)
     for point in first_points(sweep):
         if unknown := set(point) - set(sweep.space):
             raise ValueError(f"points: {sorted(unknown)} are not in the space: {list(sweep.space)}")
         sweep.settings(point)
+
+
+def _check_numbers(sweep: Sweep) -> None:
+    if not sweep.name or set(sweep.name) & set("/\\'\" "):
+        raise ValueError(f"name must be usable as a folder, got {sweep.name!r}")
+    lowest = {"workers_per_trial": 1, "cpus_per_worker": 1, "grace_folds": 1, "reduction_factor": 2}
+    for name, least in lowest.items():
+        if getattr(sweep, name) < least:
+            raise ValueError(f"{name} must be at least {least}, got {getattr(sweep, name)}")
+    if sweep.trials is None and sweep.search != "grid":
+        raise ValueError(f"trials must be given for search: {sweep.search}")
+    if sweep.trials is not None and sweep.trials < 1:
+        raise ValueError(f"trials must be at least 1, got {sweep.trials}")
+
+
+def _check_values(sweep: Sweep) -> None:
+    """Every choice of every list, and both ends of every range, alone and without AuxNet."""
+    branches: list[dict[str, Any]] = [{}]
+    if False in sweep.space.get("auxnet", []):
+        branches.append({"auxnet": False})
+    for name, values in sweep.space.items():
+        for value in values if isinstance(values, list) else (values["low"], values["high"]):
+            for branch in branches:
+                timm_name(sweep.settings({**branch, name: value}).training.backbone)
 
 
 def _check_range(name: str, values: object, *, grid: bool) -> None:
@@ -132,15 +143,6 @@ def _check_range(name: str, values: object, *, grid: bool) -> None:
     raise ValueError(
         f"space.{name} must be a list of choices or {{low: , high: , log: true}}, got {values!r}"
     )
-
-
-def _extremes(space: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Every choice of every list, and both ends of every range."""
-    return [
-        (name, value)
-        for name, values in space.items()
-        for value in (values if isinstance(values, list) else (values["low"], values["high"]))
-    ]
 
 
 def first_points(sweep: Sweep) -> list[dict[str, Any]]:

@@ -70,7 +70,7 @@ def train_in_workers(number: int, point: dict[str, Any], job: Job) -> None:
         run_config=ray.train.RunConfig(
             name=job.folder(number).name,
             storage_path=str(job.out / "train"),
-            callbacks=[TuneReportCallback()],
+            callbacks=[TuneReportCallback()],  # type: ignore[list-item]
             failure_config=ray.train.FailureConfig(max_failures=3),
         ),
     )
@@ -150,7 +150,7 @@ def train_fold(
 def worker_device() -> torch.device:
     """The device that Ray Train gave this worker, or the first there is."""
     if distributed.world().size > 1:
-        return ray.train.torch.get_device()  # type: ignore[no-any-return]
+        return ray.train.torch.get_device()
     return pick_device()
 
 

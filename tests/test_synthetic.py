@@ -8,8 +8,9 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
-from brstnet.data.synthetic import DRIVERS, SUBTYPES, Demo, make_demo
 from scipy import stats
+
+from brstnet.data.synthetic import DRIVERS, SUBTYPES, Demo, make_demo
 
 TINY = Demo(patients=6, sections_per_patient=1, spots_per_section=12, pitch_px=36, genes=140)
 SMALL = Demo(patients=6, sections_per_patient=2, spots_per_section=60, genes=240, seed=3)
@@ -156,7 +157,7 @@ def driver_z(small: Read, genes: pd.Index) -> np.ndarray:
 
 
 def test_high_null_genes_are_independent_of_the_drivers(small: Read) -> None:
-    """Analytic null: |z| > 1.96 in 5 % of 180 tests, more than 20 (and any > 4.7) below 1 in 1000."""
+    """Analytic null: of 180 |z|, 5 % pass 1.96; that over 19 do, or any 4.5, is below 1 in 1000."""
     null = small.genes.index[(small.genes["block"] == "high") & (small.genes["group"] == "null")]
     z = np.abs(driver_z(small, null))
     assert (z > 1.96).sum() <= stats.binom.isf(1e-3, z.size, 0.05)

@@ -43,7 +43,7 @@ def name_genes(ids: pd.Index) -> GeneNames:
     found = {i: sorted(known.get(i, ())) for i in asked}
     single = {i: answer[0] for i, answer in found.items() if len(answer) == 1}
     return GeneNames(
-        table=symbols.replace(single).to_frame("symbol"),
+        table=symbols.map(lambda i: single.get(i, i)).to_frame("symbol"),
         source=source,
         ambiguous={i: answer for i, answer in found.items() if len(answer) > 1},
         renamed={i: s for i, s in single.items() if not i.startswith("ENSG")},

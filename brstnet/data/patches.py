@@ -24,17 +24,28 @@ def slide_size(path: Path) -> tuple[int, int]:
     """Width and height of a slide in pixels, from its header.
 
     Raises:
-        ValueError: it is no image.
+        FileNotFoundError: there is none.
+        ValueError: it is no image, or a JPEG that is cut off.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing file")
     try:
         if path.suffix.lower() in PLAIN:
             with open_image(path) as image:
-                return image.size
-        with openslide.OpenSlide(path) as slide:
-            width, height = slide.dimensions
-            return width, height
+                size, kind = image.size, image.format
+        else:
+            with openslide.OpenSlide(path) as slide:
+                size, kind = slide.dimensions, None
     except (UnidentifiedImageError, OSError, openslide.OpenSlideError) as error:
         raise ValueError(f"{path}: not a readable slide: {error}") from error
+    if kind == "JPEG" and not _has_end(path.read_bytes()):
+        raise ValueError(f"{path}: truncated JPEG, its end is missing; fetch the file again")
+    return size
+
+
+def _has_end(jpeg: bytes) -> bool:
+    """Whether an end marker follows the last scan's start; no scan can hold either (T.81, B.1.1)."""
+    return jpeg.rfind(b"\xff\xd9") > jpeg.rfind(b"\xff\xda")
 
 
 def read_slide(path: Path) -> np.ndarray:

@@ -1,6 +1,7 @@
 """What a raw section is, whatever its layout, and the checks it passes on its way in."""
 
 import gzip
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from scipy import sparse
+
+from brstnet.data.genes import strip_version
 
 ARRAY_PITCH_UM = 200.0
 """Centre to centre of two neighbouring spots of a Spatial Transcriptomics array (Stahl 2016)."""
@@ -53,9 +56,13 @@ class RawSection:
 
 
 class Faults:
-    """Collects what is wrong with a folder, so that the user hears of all of it at once."""
+    """Collects what is wrong with a folder, so that the user hears of all of it at once.
 
-    def __init__(self, raw: Path) -> None:
+    Args:
+        raw: the folder, for the heading; None for a part of one, which has no heading.
+    """
+
+    def __init__(self, raw: Path | None = None) -> None:
         self.raw = raw
         self.found: list[str] = []
 
@@ -73,6 +80,8 @@ class Faults:
 
     def raise_any(self) -> None:
         """Raise all that was found as one ValueError."""
+        if self.found and self.raw is None:
+            raise ValueError("\n".join(self.found))
         if self.found:
             listed = "\n".join(f"  - {fault}" for fault in self.found)
             raise ValueError(f"{self.raw}: {len(self.found)} fault(s) in the raw data:\n{listed}")
@@ -88,7 +97,7 @@ def read_table(path: Path, sep: str, **options: object) -> pd.DataFrame:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing file")
     try:
-        return pd.read_csv(path, sep=sep, **options)  # type: ignore[call-overload, no-any-return]
+        return pd.read_csv(path, sep=sep, **options)  # type: ignore[call-overload]
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a readable table: {error}") from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -102,18 +111,25 @@ def read_counts(path: Path) -> tuple[sparse.csr_matrix, pd.Index, pd.Index]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: duplicate spots or genes, or counts that are not whole numbers >= 0.
+        ValueError: duplicate or malformed ids, or counts that are not whole numbers >= 0.
     """
     table = read_table(path, "\t", index_col=0)
     table.index = table.index.astype(str)
-    header = pd.Index(_header(path))
-    faults = [f"duplicate gene id {gene!r}" for gene in header[header.duplicated()][:5]]
-    faults += [f"duplicate spot id {s!r}" for s in table.index[table.index.duplicated()][:5]]
-    faults += _count_faults(table)
+    faults = _duplicates("gene", strip_version(pd.Index(_header(path))))
+    faults += _duplicates("spot", table.index) + _malformed(table.index) + _count_faults(table)
     if faults:
         raise ValueError("\n".join(f"{path}: {fault}" for fault in faults))
     counts = sparse.csr_matrix(table.to_numpy(np.int32))
     return counts, table.index, table.columns.astype(str)
+
+
+def _duplicates(what: str, ids: pd.Index) -> list[str]:
+    return [f"duplicate {what} id {i!r}" for i in ids[ids.duplicated()].unique()[:5]]
+
+
+def _malformed(ids: Iterable[str]) -> list[str]:
+    wrong = [i for i in ids if not re.fullmatch(r"-?[0-9]+x-?[0-9]+", i)]
+    return [f"spot id {i!r} must be COLUMNxROW, as in 11x17" for i in wrong[:5]]
 
 
 def _header(path: Path) -> list[str]:
@@ -124,9 +140,11 @@ def _header(path: Path) -> list[str]:
 
 def _count_faults(table: pd.DataFrame) -> list[str]:
     """What is not a whole number >= 0, the first place of each kind."""
-    text = [name for name, kind in table.dtypes.items() if kind == object]
+    text = [n for n, kind in table.dtypes.items() if not pd.api.types.is_numeric_dtype(kind)]
     if text:
-        return [f"column {text[0]!r} holds text where counts must be"]
+        column = table[text[0]]
+        found = column[pd.to_numeric(column, errors="coerce").isna() & column.notna()]
+        return [f"gene {text[0]} holds text where counts must be: {found.head(1).to_dict()}"]
     values = table.to_numpy(np.float64)
     wrong = {
         "negative count": values < 0,
@@ -146,17 +164,48 @@ def _count_faults(table: pd.DataFrame) -> list[str]:
     return faults
 
 
-def check_spots(path: Path, spots: pd.DataFrame) -> None:
-    """Check a spot table indexed by spot id.
+def spot_table(
+    path: Path, ids: pd.Index, pixel_x: pd.Series, pixel_y: pd.Series, taken: np.ndarray | None = None
+) -> pd.DataFrame:
+    """Spots by id, with array_x, array_y, pixel_x, pixel_y.
+
+    Args:
+        path: the file they come from.
+        ids: COLUMNxROW of each spot.
+        pixel_x: column of its centre on the slide.
+        pixel_y: row of its centre on the slide.
+        taken: which spots must have a position; by default all.
 
     Raises:
-        ValueError: duplicate ids or positions that are not numbers.
+        ValueError: duplicate or malformed ids, or positions that are not numbers.
     """
-    faults = [f"duplicate spot id {s!r}" for s in spots.index[spots.index.duplicated()][:5]]
-    lost = spots.index[~np.isfinite(spots[["pixel_x", "pixel_y"]].to_numpy(float)).all(axis=1)]
-    faults += [f"spot {spot!r} has no pixel position" for spot in lost[:5]]
+    faults = _duplicates("spot", ids) + _malformed(ids)
+    pixels_N2 = np.column_stack([pd.to_numeric(p, errors="coerce") for p in (pixel_x, pixel_y)])
+    lost = ~np.isfinite(pixels_N2).all(axis=1) & (True if taken is None else taken)
+    faults += [f"spot {spot!r} has no pixel position" for spot in ids[lost][:5]]
     if faults:
         raise ValueError("\n".join(f"{path}: {fault}" for fault in faults))
+    array_N2 = np.array([i.split("x") for i in ids], dtype=np.int64).reshape(-1, 2)
+    columns = ["array_x", "array_y", "pixel_x", "pixel_y"]
+    values = [*array_N2.T, *pixels_N2.T]
+    return pd.DataFrame(dict(zip(columns, values, strict=True)), index=ids)
+
+
+def labels_by_spot(path: Path, table: pd.DataFrame) -> pd.Series:
+    """Pathologist's `label` by spot id; x and y are array positions, not always whole: rounded.
+
+    Raises:
+        ValueError: a column is missing, or a position is text.
+    """
+    if lacking := [name for name in ("x", "y", "label") if name not in table.columns]:
+        raise ValueError(f"{path}: needs the columns x, y and label; lacks {lacking}")
+    placed = table[table["x"].notna() & table["y"].notna()]
+    try:
+        array = placed[["x", "y"]].astype(float).round().astype(int).astype(str)
+    except ValueError as error:
+        raise ValueError(f"{path}: x and y of a label must be numbers: {error}") from error
+    labels = pd.Series(placed["label"].to_numpy(), index=array["x"] + "x" + array["y"])
+    return labels[~labels.index.duplicated()]
 
 
 def check_inside(files: SectionFiles, spots: pd.DataFrame, width: int, height: int) -> None:
@@ -179,6 +228,7 @@ def check_inside(files: SectionFiles, spots: pd.DataFrame, width: int, height: i
 def join(
     files: SectionFiles,
     spots: pd.DataFrame,
+    counted: tuple[sparse.csr_matrix, pd.Index, pd.Index],
     labels: pd.Series | None,
     lost: dict[str, str] | None = None,
 ) -> RawSection:
@@ -187,15 +237,23 @@ def join(
     Args:
         files: where the section comes from.
         spots: indexed by spot id, with array_x, array_y, pixel_x, pixel_y.
+        counted: what `read_counts` gives.
         labels: pathologist's label by spot id, if there is one.
         lost: spots that the layout itself rules out, with the reason.
+
+    Raises:
+        ValueError: no spot stands in both.
     """
-    check_spots(files.spots, spots)
-    counts, ids, genes = read_counts(files.counts)
+    counts, ids, genes = counted
     reasons = dict(lost or {})
     reasons |= {s: "not_under_tissue" for s in ids if s not in spots.index and s not in reasons}
     reasons |= dict.fromkeys(spots.index.difference(ids, sort=False), "no_counts")
     both = spots.index[spots.index.isin(ids)]
+    if both.empty:
+        raise ValueError(
+            f"{files.counts}: none of its {len(ids)} spots is among the {len(spots)} spots of "
+            f"{files.spots.name}: both must be of one section, with the same ids"
+        )
     kept = spots.loc[both].copy()
     kept["label"] = "" if labels is None else labels.reindex(both).fillna("").astype(str)
     rows = counts[ids.get_indexer(both)]
@@ -206,19 +264,6 @@ def join(
         genes=genes,
         lost=pd.Series(reasons, dtype=object, name="status"),
     )
-
-
-def array_position(ids: Iterable[str], path: Path) -> np.ndarray:
-    """Array column and row (N, 2) of spot ids such as 11x17.
-
-    Raises:
-        ValueError: an id is not of that form.
-    """
-    parts = [str(i).split("x") for i in ids]
-    for part in parts:
-        if len(part) != 2 or not all(p.lstrip("-").isdigit() for p in part):
-            raise ValueError(f"{path}: spot id {'x'.join(part)!r} must be COLUMNxROW, as in 11x17")
-    return np.array(parts, dtype=np.int64).reshape(-1, 2)
 
 
 def um_per_px(spots: pd.DataFrame) -> float:

@@ -95,7 +95,7 @@ def make_demo(
 ) -> None:
     """Write slides, counts and their truth to `folder`; `progress` hears of each section drawn.
 
-    `truth.parquet`: gene, block, group, driver, effect, ceiling (neither first nor last if null).
+    `truth.parquet`: gene, block, group, driver, effect, ceiling (no driver, no ceiling for a null).
     `truth_spots.parquet`: section, spot, standardised drivers, library_size, of spots under tissue.
 
     Raises:
@@ -350,7 +350,7 @@ def ceilings(expected_SG: Array, counts_SG: pd.DataFrame) -> Array:
             by_section.append(
                 (a * b).sum(axis=0) / np.sqrt((a**2).sum(axis=0) * (b**2).sum(axis=0))
             )
-    return np.nanmean(by_section, axis=0)
+    return pd.DataFrame(by_section).mean().to_numpy()
 
 
 def section_files(

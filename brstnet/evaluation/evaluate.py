@@ -56,6 +56,7 @@ def evaluate(
         LeakError: a patient, or a section by its content, was used in training or validation.
         ValueError: store and models do not fit, or a patient is unknown.
     """
+    groups = None if gene_groups is None else tables.read_groups(gene_groups)
     ensemble = load_ensemble(checkpoints, device)
     sections = store.of_patients(patients)
     check_unseen(ensemble, store, sections)
@@ -70,7 +71,7 @@ def evaluate(
     protocol = describe_protocol(ensemble, store, sections, genes, ridge_facts)
     scores = _score_sections(spots, genes, pred_NG, true_NG, beside)
     table = tables.gene_table(scores, genes["symbol"])
-    summary = _summary(table, scores, protocol, gene_groups)
+    summary = _summary(table, scores, protocol, groups)
     adata = to_anndata(pred_NG, true_NG, spots, genes, protocol)
     out.mkdir(parents=True, exist_ok=True)
     adata.write_h5ad(out / "predictions.h5ad")
@@ -81,21 +82,23 @@ def evaluate(
 
 
 def check_unseen(ensemble: Ensemble, store: Store, sections: Sequence[str]) -> None:
-    """Refuse to judge a model on what it has seen, whatever it is called here.
+    """Refuse to judge a model on a patient it has seen, whatever the patient is called here.
+
+    A patient has been seen whose name the checkpoint has, or who owns a section here that it has by
+    name or by the very patches.
 
     Raises:
-        LeakError: a section's patient or its very patches were in training or validation.
+        LeakError: a section's patient was in training or validation.
     """
     for member in ensemble.members:
-        seen = member.facts["store"]["sections"]
-        train = {*member.fold.train, *member.fold.validation}
+        hashes = member.facts["store"]["sections"]
+        seen = {*member.facts["patients"]} | {
+            entry["patient"]
+            for name, entry in store.sections.items()
+            if name in hashes or entry["files"]["patches.npy"] in hashes.values()
+        }
         for name in sections:
-            patches = store.sections[name]["files"]["patches.npy"]
-            patient = store.sections[name]["patient"]
-            of_patient = [
-                s for s in train if s in store.sections and store.sections[s]["patient"] == patient
-            ]
-            if patches in seen.values() or name in train or of_patient:
+            if (patient := store.sections[name]["patient"]) in seen:
                 raise LeakError(
                     f"section {name} of patient {patient} cannot judge {member.path}: that model "
                     "was trained or chosen on the patient; judge it on held-out patients "
@@ -243,13 +246,13 @@ def describe_protocol(
 
 
 def _summary(
-    table: pd.DataFrame, scores: pd.DataFrame, protocol: dict[str, Any], gene_groups: Path | None
+    table: pd.DataFrame, scores: pd.DataFrame, protocol: dict[str, Any], groups: pd.DataFrame | None
 ) -> dict[str, Any]:
     summary = {"protocol": protocol["line"], **tables.summarise(table)}
     pcc = scores[scores["metric"] == "pcc"]
     summary["median_pcc_by_section"] = pcc.groupby("section")["value"].median().to_dict()
-    if gene_groups is not None:
-        summary["groups"] = tables.summarise_groups(table, pd.read_parquet(gene_groups))
+    if groups is not None:
+        summary["groups"] = tables.summarise_groups(table, groups)
     return summary
 
 

@@ -17,7 +17,7 @@ MAPPED_GENES = 4
 
 
 def histogram_info(genes: pd.DataFrame, width: float = 0.05) -> pd.DataFrame:
-    """How many genes have which correlation (paper, Fig. 3): left edge, and a column a predictor."""
+    """How many genes have which correlation (paper, Fig. 3): left edge, a column a predictor."""
     edges = np.arange(-1, 1 + width, width).round(10)
     columns = [name for name in NAMES if name in genes]
     counts = {name: np.histogram(genes[name].dropna(), edges)[0] for name in columns}

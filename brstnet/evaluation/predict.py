@@ -1,4 +1,4 @@
-"""Checkpoints on spots: one prediction per spot and gene, in log units; several models, their mean."""
+"""Checkpoints on spots: log units for every spot and gene; of several models, the mean."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class Ensemble:
 
 
 def find_checkpoints(path: Path) -> list[Path]:
-    """Checkpoint folders at `path`: itself, the one a finished fold stands for, or its sub-folders'.
+    """Checkpoint folders at `path`: itself, the one of a finished fold, or those in its folders.
 
     Raises:
         FileNotFoundError: there is none.
@@ -75,7 +75,9 @@ def load_ensemble(paths: Sequence[Path], device: torch.device) -> Ensemble:
     shared = set.intersection(*(set(m.fitted.genes.index) for m in members))
     tables = [m.fitted.genes[m.fitted.genes.index.isin(shared)] for m in members]
     numbers = ["mean_count", "mean", "std", "depth_slope", "depth_intercept"]
-    genes = sum(t.loc[tables[0].index, numbers] for t in tables) / len(tables)
+    order = tables[0].index
+    mean = np.mean([t.loc[order, numbers].to_numpy(float) for t in tables], axis=0)
+    genes = pd.DataFrame(mean, order, numbers)
     genes = genes.sort_values("mean_count", ascending=False, kind="stable")
     genes.insert(0, "symbol", tables[0].loc[genes.index, "symbol"])
     genes["panel"] = np.arange(len(genes)) < first.settings.protocol.panel_size

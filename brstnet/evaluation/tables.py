@@ -1,6 +1,7 @@
 """Scores as tables: tidy, per gene, and the summary that a paper quotes."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,7 @@ def tidy(
 
 def gene_table(scores: pd.DataFrame, symbols: pd.Series) -> pd.DataFrame:
     """One row per gene: the median over sections of every metric, best PCC first."""
-    wide = scores.pivot_table(index="gene", columns="metric", values="value", aggfunc="median")
+    wide = scores.groupby(["gene", "metric"])["value"].median().unstack()
     wide = wide.reindex(symbols.index).rename_axis(columns=None)
     wide.insert(0, "symbol", symbols)
     return wide.sort_values("pcc", ascending=False, kind="stable")
@@ -83,6 +84,22 @@ def summarise(genes: pd.DataFrame) -> dict[str, Any]:
             above = metrics.counts_above(genes[f"pcc_{control}"])
             summary |= {f"{control}_{key}": n for key, n in above.items()}
     return summary
+
+
+def read_groups(path: Path) -> pd.DataFrame:
+    """Named gene groups: columns gene, group and maybe ceiling.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no parquet file, or lacks a column.
+    """
+    groups = pd.read_parquet(path)
+    if lacking := {"gene", "group"} - set(groups):
+        raise ValueError(
+            f"{path}: must have the columns gene and group, and may have ceiling; it lacks "
+            f"{', '.join(sorted(lacking))}"
+        )
+    return groups
 
 
 def summarise_groups(genes: pd.DataFrame, groups: pd.DataFrame) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def gene_table(checkpoint: Path) -> pd.DataFrame:
 
 
 def gene_map(checkpoint: Path, store: Store) -> Figure:
-    """Measured and predicted expression of the fold's best genes on its first validation section."""
+    """Measured and predicted expression of the best genes on the first validation section."""
     ensemble = load_ensemble([checkpoint], pick_device())
     member = ensemble.members[0]
     section, protocol = member.fold.validation[0], member.settings.protocol

@@ -68,6 +68,7 @@ def describe(
         },
         "settings": plain(settings),
         "fold": plain(fold),
+        "patients": sorted({store.sections[name]["patient"] for name in used}),
         "fitted": fitted.facts(),
         "store": {
             "digest": store.digest,
@@ -126,10 +127,18 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tens
 
 
 def restore_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Put the saved momentum back into an optimiser over the same parameters."""
+    """Put the saved momentum back into an optimiser over the same parameters.
+
+    The file has no memory layout; each buffer gets its parameter's again, as the fused update walks
+    through memory without looking at strides.
+    """
     buffers = safetensors.torch.load_file(path / "optimizer.safetensors")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = optimizer.state_dict()
-    state["state"] = {int(i): {"momentum_buffer": value} for i, value in buffers.items()}
+    state["state"] = {
+        int(i): {"momentum_buffer": torch.empty_like(parameters[int(i)]).copy_(value)}
+        for i, value in buffers.items()
+    }
     optimizer.load_state_dict(state)
 
 
@@ -182,7 +191,7 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
         path=path,
         model=model.to(device).eval(),
         settings=settings,
-        fold=Fold(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts["fold"].items()}),
+        fold=_fold(facts["fold"]),
         fitted=fitted,
         facts=facts,
     )
@@ -191,6 +200,15 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
 def _without_weights(settings: Settings) -> Any:
     """The architecture alone: its weights come from the checkpoint, not from where they began."""
     return settings.training.__class__(**{**vars(settings.training), "weights": None})
+
+
+def _fold(facts: Mapping[str, Any]) -> Fold:
+    return Fold(
+        number=facts["number"],
+        train=tuple(facts["train"]),
+        validation=tuple(facts["validation"]),
+        held_out=tuple(facts["held_out"]),
+    )
 
 
 def _fitted(path: Path, facts: Mapping[str, Any]) -> Fitted:

@@ -115,7 +115,7 @@ def fit_statistics(store: Store, fold: Fold, settings: Settings) -> Fitted:
     genes = store.genes.iloc[columns].assign(
         role=np.where(order < settings.training.genes, MAIN, AUX),
         panel=order < protocol.panel_size,
-        mean_count=np.asarray(counts[:, columns].mean(axis=0)).ravel(),
+        mean_count=column_mean(counts[:, columns]),
         mean=mean,
         std=std,
         depth_slope=slope,
@@ -138,8 +138,7 @@ def _ranked_genes(counts: sparse.csr_matrix, protocol: Protocol) -> np.ndarray:
 
     Genes that never change on the training spots cannot be standardised, nor learned: they go too.
     """
-    mean = np.asarray(counts.mean(axis=0)).ravel()
-    expressed = np.asarray((counts > 0).mean(axis=0)).ravel()
+    mean, expressed = column_mean(counts), column_mean(counts > 0)
     highest = counts.max(axis=0).toarray().ravel()
     varies = highest > counts.min(axis=0).toarray().ravel()
     passing = np.flatnonzero((mean > 0) & (expressed >= protocol.min_gene_fraction) & varies)
@@ -156,6 +155,16 @@ def _check_enough(store: Store, columns: np.ndarray, settings: Settings) -> None
                 f"{store.path}: {name} is {wanted}, but only {len(columns)} genes pass the filter "
                 "on the training spots: lower it, or lower protocol.min_gene_fraction"
             )
+
+
+def column_mean(counts: sparse.csr_matrix) -> np.ndarray:
+    """Mean of each column of whole numbers, (G,).
+
+    Summed before it is divided: scipy's own mean rounds each entry, which parts ties and misses a
+    fraction that is met exactly.
+    """
+    mean: np.ndarray = np.asarray(counts.sum(axis=0)).ravel() / counts.shape[0]
+    return mean
 
 
 def column_mean_std(values: sparse.csr_matrix) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from brstnet.config import Protocol
 from brstnet.data.store import Store
-from brstnet.training.fitted import Fitted, training_rows
+from brstnet.training.fitted import Fitted, column_mean, training_rows
 from brstnet.training.folds import Fold
 
 
@@ -86,7 +86,7 @@ def _check_panel(store: Store, fold: Fold, fitted: Fitted, protocol: Protocol) -
     rows = training_rows(store.spots(fold.train), protocol)
     panel = fitted.genes[fitted.genes["panel"]]
     columns = store.genes.index.get_indexer(panel.index)
-    mean = np.asarray(store.counts(fold.train)[rows].mean(axis=0)).ravel()[columns]
+    mean = column_mean(store.counts(fold.train)[rows])[columns]
     same = bool(np.allclose(mean, panel["mean_count"], rtol=1e-9))
     if not same:
         return _failed(f"mean counts of the {len(panel)} genes are not the training spots'")

@@ -3,11 +3,14 @@
 Shape letters: B batch, H and W pixels, G genes of the main head, A genes of AuxNet.
 """
 
+import pickle
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import timm
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from brstnet.config import Training
@@ -66,7 +69,9 @@ def build_backbone(training: Training, input_px: int) -> nn.Module:
         FileNotFoundError: the weights' file is missing.
     """
     name = timm_name(training.backbone)
-    sized = {"img_size": input_px} if name.startswith(("vit_", "deit", "eva", "swin")) else {}
+    sized: dict[str, Any] = (
+        {"img_size": input_px} if name.startswith(("vit_", "deit", "eva", "swin")) else {}
+    )
     try:
         backbone: nn.Module = timm.create_model(
             name, pretrained=training.weights == "timm", num_classes=0, **sized
@@ -98,23 +103,28 @@ def load_weights(backbone: nn.Module, path: Path) -> None:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file lacks weights of the backbone or has others.
+        ValueError: the file lacks weights of the backbone, has others, or holds no weights.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of weights (training.weights)")
-    if path.suffix == ".safetensors":
-        state = safetensors.torch.load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    state = {
-        key: value
-        for key, value in state.items()
-        if not key.startswith(("fc.", "head.", "classifier."))
-    }
+    classifier = ("fc.", "head.", "classifier.")
+    state = {k: v for k, v in _read_weights(path).items() if not k.startswith(classifier)}
     try:
         backbone.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{path}: does not fit the backbone: {error}") from error
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path}: cannot be read as weights alone: {error}") from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{path}: must hold a state dict (names to tensors)")
+    return state
 
 
 def build_model(training: Training, fitted: Fitted, input_px: int) -> BrSTNet:
@@ -122,7 +132,7 @@ def build_model(training: Training, fitted: Fitted, input_px: int) -> BrSTNet:
     torch.manual_seed(training.seed)
     backbone = build_backbone(training, input_px)
     model = BrSTNet(backbone, fitted.main_genes, fitted.aux_genes)
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return model.to(memory_format=torch.channels_last)
 
 
 def choose_precision(training: Training, device: torch.device) -> torch.dtype:
@@ -132,7 +142,7 @@ def choose_precision(training: Training, device: torch.device) -> torch.dtype:
     processor has it, and slower for EfficientNet, whose depthwise kernels are poor in oneDNN.
     """
     if training.precision != "auto":
-        return getattr(torch, training.precision)  # type: ignore[no-any-return]
+        return getattr(torch, training.precision)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     depthwise = ("efficientnet", "tf_efficientnet", "mobilenet", "convnext", "mnasnet")

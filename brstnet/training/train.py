@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 
 from brstnet import metrics
-from brstnet.config import Settings, Training
+from brstnet.config import Settings, Training, plain
 from brstnet.data.store import Store
 from brstnet.training import checkpoint, distributed
 from brstnet.training.batches import Spots, epoch_plan, load_spots, rng, to_input, turn
@@ -32,6 +32,9 @@ from brstnet.training.model import BrSTNet, build_model, choose_precision
 
 EVAL_BATCH = 64
 """Patches a forward pass takes when nothing is learned."""
+
+ORIGIN = ("settings", "fold", "store")
+"""What a run must share with a checkpoint to go on from it."""
 
 Schedule = ReduceLROnPlateau | CosineAnnealingLR
 OnEpoch = Callable[[Mapping[str, float]], None]
@@ -161,7 +164,8 @@ def validate(task: Task, model: nn.Module) -> tuple[float, list[metrics.Moments]
     for number in range(len(spots.maps)):
         part = metrics.Moments(0, zero_G, zero_G, zero_G, zero_G, zero_G)
         rows = spots.rows[spots.section_N[spots.rows] == number][task.here.rank :: task.here.size]
-        for rows_B in torch.from_numpy(rows).to(task.device).split(EVAL_BATCH):
+        for start in range(0, len(rows), EVAL_BATCH):  # a small section may have none for this rank
+            rows_B = torch.from_numpy(rows[start : start + EVAL_BATCH]).to(task.device)
             x_BCHW = to_input(spots.patches(rows_B), task.fitted, task.training.input_px)
             with torch.autocast(
                 task.device.type, task.precision, enabled=task.precision != torch.float32
@@ -253,9 +257,13 @@ def fit(
             training by raising, and the epoch is on disk by then.
 
     Raises:
-        ValueError: settings and store do not fit, there is a leak, or the loss is not finite.
+        ValueError: settings and store do not fit, there is a leak, or `out` is another run's.
+        FloatingPointError: the loss is not finite.
     """
     if (done := finished(out)) is not None:
+        facts = checkpoint.read_facts(done.folder)
+        made = (facts["settings"], facts["fold"]["number"], facts["store"]["digest"])
+        check_same(done.folder, made, (plain(settings), fold, store.digest))
         return done
     task = prepare_task(store, settings, fold, device)
     run = start(task, out, settings.training.input_px or store.input_px)
@@ -303,16 +311,32 @@ def resume(run: Run) -> None:
     last = run.out / "last"
     if not last.exists():
         return
-    facts = checkpoint.read_facts(last)
-    for key in ("settings", "fold", "store"):
-        if facts[key] != json.loads(json.dumps(run.task.facts[key])):
-            raise ValueError(f"{last}: made with another {key}; choose another folder or remove it")
+    facts, asked = checkpoint.read_facts(last), json.loads(json.dumps(run.task.facts))
+    check_same(last, [facts[key] for key in ORIGIN], [asked[key] for key in ORIGIN])
     run.model.load_state_dict(safetensors.torch.load_file(last / "model.safetensors"))
     checkpoint.restore_optimizer(last, run.optimizer)
     run.progress = Progress(**json.loads((last / "progress.json").read_text()))
     if run.schedule is not None:
         run.schedule.load_state_dict(run.progress.schedule)
         run.optimizer.param_groups[0]["lr"] = run.progress.schedule["_last_lr"][0]
+
+
+def check_same(folder: Path, made: Sequence[object], asked: Sequence[object]) -> None:
+    """Refuse to take up what another run has left.
+
+    Args:
+        folder: the checkpoint that is there.
+        made: settings, fold and store that it was made with.
+        asked: those of this run.
+
+    Raises:
+        ValueError: one of them differs.
+    """
+    for key, then, now in zip(ORIGIN, made, asked, strict=True):
+        if then != now:
+            raise ValueError(
+                f"{folder}: made with another {key}; choose another folder or remove it"
+            )
 
 
 def run_epoch(run: Run) -> None:

@@ -2,12 +2,26 @@
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
-from brstnet.data.sections import Faults, Listing, RawSection, SectionFiles, join, read_table
+from brstnet.data.sections import (
+    Faults,
+    Listing,
+    RawSection,
+    SectionFiles,
+    join,
+    labels_by_spot,
+    read_counts,
+    read_table,
+    spot_table,
+)
 
 SUBTYPE = "HER2"
 COLUMNS = ("x", "y", "pixel_x", "pixel_y")
+COUNTS = ("ST-cnts", "counts")
+SPOTS = ("ST-spotfiles", "spots")
+LABELS = ("ST-pat/lbl", "labels")
 
 
 def find(raw: Path) -> Listing:
@@ -15,23 +29,21 @@ def find(raw: Path) -> Listing:
 
     Counts without a slide are left alone, and named. Folders may have the names of the original
     (ST-imgs, ST-cnts, ST-spotfiles, ST-pat/lbl) or short ones (images, counts, spots, labels).
+    A slide's counts and spots are named whether they are there or not: `read` says what is missing.
 
     Raises:
-        ValueError: no slides, a slide without counts or spots, two slides of one section.
+        ValueError: no slides, two slides of one section.
     """
     slides = _slides(raw)
-    counts = _by_section(raw, ("ST-cnts", "counts"), (".tsv.gz", ".tsv"))
-    spots = _by_section(raw, ("ST-spotfiles", "spots"), ("_selection.tsv",))
-    labels = _by_section(raw, ("ST-pat/lbl", "labels"), ("_labeled_coordinates.tsv",))
+    counts = _by_section(raw, COUNTS, (".tsv.gz", ".tsv"))
+    spots = _by_section(raw, SPOTS, ("_selection.tsv",))
+    labels = _by_section(raw, LABELS, ("_labeled_coordinates.tsv",))
     faults = Faults(raw)
     if not slides:
         faults.add(None, f"{raw}: no slides under ST-imgs/PATIENT/SECTION/*.jpg or images/*.jpg")
     for section, paths in slides.items():
         if len(paths) > 1:
             faults.add(paths[1], f"section {section} has {len(paths)} slides; keep one")
-        for what, found in (("counts", counts), ("spots", spots)):
-            if section not in found:
-                faults.add(paths[0], f"the slide of section {section} has no {what} file")
     faults.raise_any()
     return Listing(
         sections=[
@@ -40,8 +52,8 @@ def find(raw: Path) -> Listing:
                 patient=section[0],
                 subtype=SUBTYPE,
                 slide=slides[section][0],
-                counts=counts[section],
-                spots=spots[section],
+                counts=counts.get(section) or _there(raw, COUNTS) / f"{section}.tsv.gz",
+                spots=spots.get(section) or _there(raw, SPOTS) / f"{section}_selection.tsv",
                 labels=labels.get(section),
             )
             for section in sorted(slides)
@@ -68,42 +80,39 @@ def _by_section(raw: Path, folders: tuple[str, ...], endings: tuple[str, ...]) -
     return found
 
 
+def _there(raw: Path, folders: tuple[str, ...]) -> Path:
+    """The folder of one kind of file: the first that is there, else the original's name."""
+    return next((raw / f for f in folders if (raw / f).is_dir()), raw / folders[0])
+
+
 def read(files: SectionFiles) -> RawSection:
     """One section's spots and counts.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is damaged or holds what cannot be.
+        ValueError: files are missing, damaged or hold what cannot be; all faults are listed.
     """
-    table = read_table(files.spots, "\t")
-    lacking = [name for name in COLUMNS if name not in table.columns]
-    if lacking:
-        raise ValueError(f"{files.spots}: needs the columns {', '.join(COLUMNS)}; lacks {lacking}")
-    spots = pd.DataFrame(
-        {
-            "array_x": table["x"],
-            "array_y": table["y"],
-            "pixel_x": pd.to_numeric(table["pixel_x"], errors="coerce"),
-            "pixel_y": pd.to_numeric(table["pixel_y"], errors="coerce"),
-        }
-    )
-    spots.index = pd.Index(table["x"].astype(str) + "x" + table["y"].astype(str))
-    selected = table["selected"].to_numpy() == 1 if "selected" in table else slice(None)
-    taken = spots.loc[selected]
-    lost = dict.fromkeys(spots.index.difference(taken.index, sort=False), "not_selected")
-    return join(files, taken, _labels(files.labels), lost)
+    faults = Faults()
+    with faults.collecting():
+        spots, selected = _spots(files.spots)
+    with faults.collecting():
+        counted = read_counts(files.counts)
+    with faults.collecting():
+        labels = _labels(files.labels)
+    faults.raise_any()
+    lost = dict.fromkeys(spots.index[~selected], "not_selected")
+    return join(files, spots[selected], counted, labels, lost)
+
+
+def _spots(path: Path) -> tuple[pd.DataFrame, np.ndarray]:
+    """All spots, and which of them were selected, (N,) bool."""
+    table = read_table(path, "\t")
+    if lacking := [name for name in COLUMNS if name not in table.columns]:
+        raise ValueError(f"{path}: needs the columns {', '.join(COLUMNS)}; lacks {lacking}")
+    chosen = table["selected"] if "selected" in table else pd.Series(1, index=table.index)
+    selected = chosen.to_numpy() == 1
+    ids = pd.Index(table["x"].astype(str) + "x" + table["y"].astype(str))
+    return spot_table(path, ids, table["pixel_x"], table["pixel_y"], selected), selected
 
 
 def _labels(path: Path | None) -> pd.Series | None:
-    """Pathologist's label by spot id; x and y are array positions, not whole numbers."""
-    if path is None:
-        return None
-    table = read_table(path, "\t")
-    table = table[table["x"].notna() & table["y"].notna()]
-    ids = (
-        table["x"].round().astype(int).astype(str)
-        + "x"
-        + table["y"].round().astype(int).astype(str)
-    )
-    labels = pd.Series(table["label"].to_numpy(), index=ids.to_numpy())
-    return labels[~labels.index.duplicated()]
+    return None if path is None else labels_by_spot(path, read_table(path, "\t"))

@@ -1,7 +1,5 @@
 """The paper's data set (Mendeley Data 29ntw7sh4r): a flat folder with a `metadata.csv`."""
 
-import gzip
-import io
 from pathlib import Path
 
 import pandas as pd
@@ -11,9 +9,11 @@ from brstnet.data.sections import (
     Listing,
     RawSection,
     SectionFiles,
-    array_position,
     join,
+    labels_by_spot,
+    read_counts,
     read_table,
+    spot_table,
 )
 
 COLUMNS = (
@@ -34,7 +34,7 @@ def find(raw: Path) -> Listing:
 
     Raises:
         FileNotFoundError: there is no `metadata.csv`.
-        ValueError: columns, names or files are missing or stand twice; all of them are listed.
+        ValueError: columns or names are missing or stand twice; all of them are listed.
     """
     path = raw / "metadata.csv"
     table = read_table(path, ",", dtype=str, keep_default_na=False)
@@ -45,10 +45,9 @@ def find(raw: Path) -> Listing:
     sections = [_section(raw, dict(zip(table.columns, row, strict=True))) for row in table.values]
     for name in sorted({s.section for s in sections if _count(sections, s.section) > 1}):
         faults.add(path, f"section {name} stands {_count(sections, name)} times")
-    for files in sections:
-        for kind in (files.slide, files.counts, files.spots):
-            if not kind.is_file():
-                faults.add(kind, f"missing file, named by metadata.csv for {files.section}")
+    for column in COLUMNS[1:-1]:
+        for files in (s for s, name in zip(sections, table[column], strict=True) if not name):
+            faults.add(path, f"section {files.section} has no {column}")
     if not sections:
         faults.add(path, "names no section")
     faults.raise_any()
@@ -76,39 +75,29 @@ def read(files: SectionFiles) -> RawSection:
     """One section's spots and counts.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is damaged or holds what cannot be.
+        ValueError: files are missing, damaged or hold what cannot be; all faults are listed.
     """
-    table = read_table(files.spots, ",", index_col=0)
+    faults = Faults()
+    with faults.collecting():
+        spots = _spots(files.spots)
+    with faults.collecting():
+        counted = read_counts(files.counts)
+    with faults.collecting():
+        labels = _labels(files.labels)
+    faults.raise_any()
+    return join(files, spots, counted, labels)
+
+
+def _spots(path: Path) -> pd.DataFrame:
+    table = read_table(path, ",", index_col=0)
     if not {"X", "Y"} <= set(table.columns):
-        raise ValueError(f"{files.spots}: needs the columns X and Y, has {list(table.columns)}")
-    table.index = table.index.astype(str)
-    array = array_position(table.index, files.spots)
-    spots = pd.DataFrame(
-        {
-            "array_x": array[:, 0],
-            "array_y": array[:, 1],
-            "pixel_x": pd.to_numeric(table["X"], errors="coerce"),
-            "pixel_y": pd.to_numeric(table["Y"], errors="coerce"),
-        },
-        index=table.index,
-    )
-    return join(files, spots, _labels(files.labels))
+        raise ValueError(f"{path}: needs the columns X and Y, has {list(table.columns)}")
+    return spot_table(path, table.index.astype(str), table["X"], table["Y"])
 
 
 def _labels(path: Path | None) -> pd.Series | None:
-    """Tumour label by spot id; CR line ends, four names over five columns, x and y to round."""
+    """Tumour label by spot id; CR line ends, and a header of four names over five columns."""
     if path is None:
         return None
-    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
-    with opened as file:
-        lines = file.read().replace("\r\n", "\n").replace("\r", "\n")
     names = ["id", "x", "y", "number", "label"]
-    table = pd.read_csv(io.StringIO(lines), sep="\t", skiprows=1, header=None, names=names)
-    ids = (
-        table["x"].round().astype(int).astype(str)
-        + "x"
-        + table["y"].round().astype(int).astype(str)
-    )
-    labels = pd.Series(table["label"].to_numpy(), index=ids.to_numpy())
-    return labels[~labels.index.duplicated()]
+    return labels_by_spot(path, read_table(path, "\t", skiprows=1, header=None, names=names))
