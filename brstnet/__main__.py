@@ -55,7 +55,8 @@ def _info(args: Namespace) -> None:
     if args.verify:
         if damaged := store.verify():
             raise ValueError(f"{store.path}: files differ from their hashes: {', '.join(damaged)}")
-        _say("every file has the hash it was written with")
+        if not args.json:
+            _say("every file has the hash it was written with")
 
 
 def _describe(info: Mapping[str, Any]) -> str:
@@ -67,7 +68,8 @@ def _describe(info: Mapping[str, Any]) -> str:
     for s in sections:
         lost = ", ".join(f"{reason} {n}" for reason, n in s["lost"].items()) or "-"
         about = (s["section"], s["patient"], s["subtype"] or "-", s["spots_raw"], s["spots_kept"])
-        lines.append(row.format(*about, f"{s['median_counts']:.0f}", f"{s['um_per_px']:.3f}", lost))
+        pitch = "-" if s["um_per_px"] is None else f"{s['um_per_px']:.3f}"
+        lines.append(row.format(*about, f"{s['median_counts']:.0f}", pitch, lost))
     raw, kept = (sum(s[key] for s in sections) for key in ("spots_raw", "spots_kept"))
     target = info["stain_target"]
     lines += [

@@ -9,7 +9,9 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -22,6 +24,20 @@ T = TypeVar("T")
 def _must(holds: bool, what: str, came: object) -> None:  # noqa: FBT001 - reads as a sentence
     if not holds:
         raise ValueError(f"{what}, got {came!r}")
+
+
+def _check_values(settings: Any) -> None:
+    """Refuse a null that is no choice, infinity and NaN.
+
+    In a float, 1 becomes 1.0: equal settings have equal fingerprints.
+    """
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        optional = "None" in str(field.type)
+        _must(optional or value is not None, f"{field.name} must have a value", value)
+        if field.type is float:
+            _must(math.isfinite(value), f"{field.name} must be a finite number", value)
+            object.__setattr__(settings, field.name, float(value))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +64,7 @@ class Prepare:
     input_px: int = 224
 
     def __post_init__(self) -> None:
+        _check_values(self)
         _must(self.min_counts >= 1, "min_counts must be at least 1", self.min_counts)
         for name in ("window_px", "input_px"):
             side = getattr(self, name)
@@ -81,6 +98,7 @@ class Protocol:
     max_white_fraction: float = 0.5
 
     def __post_init__(self) -> None:
+        _check_values(self)
         _must(self.folds >= 2, "folds must be at least 2", self.folds)
         _must(self.panel_size >= 1, "panel_size must be at least 1", self.panel_size)
         for name in ("min_gene_fraction", "max_white_fraction"):
@@ -155,6 +173,7 @@ class Training:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _check_values(self)
         for name in ("genes", "epochs", "patience", "plateau_patience"):
             _must(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
         _must(self.batch_size >= 2, "batch_size must be at least 2", self.batch_size)
@@ -205,23 +224,48 @@ class Parser(ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Add the valid names, the likeliest first, when an option is unknown."""
+        """Add the valid names, and the likeliest before them, when an option is unknown."""
         unknown = re.findall(r"option '([\w.]+)'|--([\w.+-]+)|[Kk]ey \"?'?([\w.]+)", message)
-        names = sorted(self.setting_names())
+        names = sorted(self._parser_of(message).setting_names())
         if unknown and ("accept" in message or "nrecognized" in message):
-            wrong = next(part for part in unknown[0] if part)
-            leaf = wrong.split("=")[0].rsplit(".", 1)[-1]
-            near = [n for n in names if difflib.get_close_matches(leaf, [n.rsplit(".", 1)[-1]])]
+            wrong = next(part for part in unknown[0] if part).split("=")[0]
+            near = difflib.get_close_matches(wrong, names, cutoff=0.85) or near_leaves(wrong, names)
             hint = f"did you mean {' or '.join(near)}? " if near else ""
             message += f"\n{hint}valid names: {', '.join(names)}"
         super().error(message, ex)
         raise AssertionError  # pragma: no cover - error() exits or raises
 
+    def instantiate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> Namespace:
+        """Parsed values as settings.
+
+        Raises:
+            ValueError: a settings file has something else than a mapping for a group of settings.
+        """
+        for group in sorted({n.split(".")[0] for n in self.setting_names() if "." in n}):
+            if not isinstance(values := namespace.get(group), Namespace):
+                raise ValueError(f"{group} must be a mapping of settings, got {values!r}")
+        return super().instantiate(namespace, *args, **kwargs)
+
+    def _parser_of(self, message: str) -> "Parser":
+        """The parser that a message is about: a settings file's faults are told by its parent."""
+        named = re.match(r"Subcommand '([\w-]+)'", message)
+        parsers = [a.choices for a in self._actions if isinstance(a.choices, dict)]
+        return parsers[0][named[1]] if named and parsers else self
+
     def setting_names(self) -> set[str]:
         """The names of all options, dotted as in YAML."""
-        hidden = {"help", "config", "print_config"}
+        hidden = {"help", "config", "print_config", "print_shtab"}
         dests = {a.dest for a in self._actions if a.option_strings}
         return {d for d in dests if not any(o.startswith(d + ".") for o in dests)} - hidden
+
+
+def near_leaves(wrong: str, names: Iterable[str]) -> list[str]:
+    """The dotted names whose last part is like that of `wrong`, the likeliest first."""
+    by_leaf: dict[str, list[str]] = {}
+    for name in names:
+        by_leaf.setdefault(name.rsplit(".", 1)[-1], []).append(name)
+    close = difflib.get_close_matches(wrong.rsplit(".", 1)[-1], by_leaf)
+    return [name for leaf in close for name in by_leaf[leaf]]
 
 
 def check_names(cls: type, mapping: object, source: str, prefix: str = "") -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from brstnet.config import Settings
 from brstnet.data.store import Store
 from brstnet.training.fitted import fit_statistics
 from brstnet.training.folds import make_folds
@@ -55,12 +54,13 @@ def _describe_folds(sweep: Sweep, store: Store) -> list[str]:
 
 
 def check_folds(sweep: Sweep, store: Store) -> None:
-    """Pass every fold's leak gate before anything is launched.
+    """Pass every fold's leak gate before anything is launched, with the most genes of the space.
 
     Raises:
         ValueError: a fold is empty, has too few genes, or leaks.
     """
-    settings = Settings(protocol=sweep.protocol, training=sweep.training)
+    genes = sweep.space.get("genes", [sweep.training.genes])
+    settings = sweep.settings({"genes": max(genes) if isinstance(genes, list) else genes["high"]})
     for fold in make_folds(store, sweep.protocol):
         leak_gate(store, fold, fit_statistics(store, fold, settings), sweep.protocol)
 

@@ -26,8 +26,8 @@ from sweeps.search import make_scheduler, make_search
 from sweeps.space import Sweep
 from sweeps.trial import Job, run_trial
 
-HEAD = {"CPU": 0.01, "node:__internal_head__": 0.001}
-"""What the driver of a worker group takes: next to nothing, on the head."""
+HEAD = {"CPU": 0, "node:__internal_head__": 0.001}
+"""What the driver of a worker group takes: a place on the head, and no CPU that a worker needs."""
 
 
 def make_parser(config: Path | None) -> Parser:

@@ -68,7 +68,7 @@ def make_search(sweep: Sweep, out: Path) -> SweepSearch:
     return SweepSearch(
         folds=sweep.protocol.folds,
         space=partial(suggest, space=sweep.space),
-        points_to_evaluate=first_points(sweep),
+        points_to_evaluate=first_points(sweep)[: sweep.count],
         study_name=sweep.name,
         storage=storage,
         sampler=_sampler(sweep),

@@ -59,7 +59,11 @@ def start(*words: object) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen, expected: int) -> str:
-    said = process.communicate(timeout=400)[0]
+    try:
+        said = process.communicate(timeout=400)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     assert process.returncode == expected, said[-5000:]
     return said
 

@@ -44,7 +44,7 @@ def slide_size(path: Path) -> tuple[int, int]:
 
 
 def _has_end(jpeg: bytes) -> bool:
-    """Whether an end marker follows the last scan's start; no scan can hold either (T.81, B.1.1)."""
+    """Whether an end marker follows the last scan; no scan can hold a marker (T.81, B.1.1.5)."""
     return jpeg.rfind(b"\xff\xd9") > jpeg.rfind(b"\xff\xda")
 
 

@@ -1,6 +1,7 @@
 """Raw folder -> patch store: check everything, then write one section at a time, whole or not."""
 
 import errno
+import io
 import json
 import shutil
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
@@ -42,8 +44,8 @@ def prepare(raw: Path, store: Path, settings: Prepare, *, progress: bool = True)
         progress: draw a progress bar.
 
     Raises:
-        FileNotFoundError: `raw` or a file in it is missing.
-        FileExistsError: `store` is there with other settings or other raw data.
+        FileNotFoundError: there is no `raw`, or no table of its sections.
+        FileExistsError: `store` is there with other settings or raw data, or is no store.
         ValueError: the raw data is wrong; all faults are listed before anything is written.
         OSError: the disk is full; finished sections stay.
     """
@@ -78,13 +80,18 @@ def choose_target(listing: Listing, settings: Prepare) -> SectionFiles | None:
     By default the first section of the patient with most sections: the least likely to be held out.
 
     Raises:
-        ValueError: the section asked for is unknown or a held-out patient's.
+        ValueError: the section asked for is unknown or a held-out patient's, or a held-out
+            patient is unknown.
     """
+    patients = {s.patient for s in listing.sections}
+    if unknown := set(settings.held_out) - patients:
+        raise ValueError(
+            f"held_out names {', '.join(sorted(unknown))}, not among the patients: "
+            f"{', '.join(sorted(patients))}"
+        )
     if settings.stain == "none":
         return None
     allowed = [s for s in listing.sections if s.patient not in settings.held_out]
-    if unknown := set(settings.held_out) - {s.patient for s in listing.sections}:
-        raise ValueError(f"held_out names {sorted(unknown)}, which are not among the patients")
     if settings.stain_target is not None:
         for files in allowed:
             if files.section == settings.stain_target:
@@ -102,11 +109,13 @@ def choose_target(listing: Listing, settings: Prepare) -> SectionFiles | None:
 
 
 def _raw_identity(listing: Listing) -> str:
-    files = [f for s in listing.sections for f in (s.slide, s.counts, s.spots)]
-    return fingerprint([(str(f.name), f.stat().st_size) for f in files])
+    files = [f for s in listing.sections for f in (s.slide, s.counts, s.spots, s.labels) if f]
+    return fingerprint([(f.name, sha256(f) if f.is_file() else None) for f in files])
 
 
 def _already_there(path: Path, order: dict[str, Any]) -> Store:
+    if not (path / "index.json").is_file():
+        raise FileExistsError(f"{path}: is there and is no store; choose another folder")
     store = Store(path)
     if {"prepare": store.index["prepare"], "raw": store.index["raw"]} == order:
         return store
@@ -123,9 +132,16 @@ def _read_all(
     faults = Faults(raw)
     sections = []
     for files in tqdm(listing.sections, "reading counts", unit="section", disable=not progress):
+        before = len(faults.found)
+        with faults.collecting():
+            width, height = slide_size(files.slide)
         with faults.collecting():
             section = READERS[settings.layout].read(files)
-            check_inside(files, section.spots, *slide_size(files.slide))
+        if len(faults.found) > before:
+            continue
+        with faults.collecting():
+            check_inside(files, section.spots, width, height)
+            filter_spots(section, width, height, settings)
             sections.append(section)
     faults.raise_any()
     return sections
@@ -135,14 +151,15 @@ def _begin(store: Path, order: dict[str, Any]) -> Path:
     """The folder to write to: a new one, or one that the same order left unfinished."""
     partial = partial_path(store)
     note = partial / "order.json"
+    text = json.dumps(order)
     if partial.exists():
-        if not note.is_file() or json.loads(note.read_text()) != order:
+        if not note.is_file() or note.read_text() != text:
             raise FileExistsError(
                 f"{partial}: left unfinished with other settings or raw data; remove it"
             )
         return partial
     partial.mkdir(parents=True)
-    note.write_text(json.dumps(order))
+    note.write_text(text)
     return partial
 
 
@@ -199,41 +216,30 @@ def _stain_target(
 def write_section(
     folder: Path, section: RawSection, target: stain.StainTarget | None, settings: Prepare
 ) -> dict[str, Any]:
-    """Write one section's files and return its entry of the index.
-
-    Order of the filters: counts, then border; the white fraction is kept for the fold to apply,
-    since it is for training spots only.
-    """
+    """Write one section's files and return its entry of the index."""
     image = read_slide(section.files.slide)
     height, width = image.shape[:2]
-    spots = section.spots.assign(total_counts=np.asarray(section.counts.sum(axis=1)).ravel())
-    corner_N2 = corners(spots, settings.window_px)
-    few = spots["total_counts"].to_numpy() < settings.min_counts
-    outside = crosses_border(corner_N2, settings.window_px, width, height)
-    status = np.where(few, "below_min_counts", np.where(outside, "crosses_border", "kept"))
-    kept = status == "kept"
-    if not kept.any():
-        raise ValueError(
-            f"{section.files.slide}: no spot of section {section.files.section} is left "
-            f"({int(few.sum())} of {len(spots)} have fewer than {settings.min_counts} counts, "
-            f"{int((~few & outside).sum())} windows cross the border): lower min_counts or window_px"
-        )
+    spots = filter_spots(section, width, height, settings)
+    kept = (spots["status"] == "kept").to_numpy()
+    corner_N2 = corners(spots[kept], settings.window_px)
     if target is not None:
         image = stain.normalise(image, target)
-    white = white_fraction(white_mask(image), corner_N2[kept], settings.window_px)
-    patches = cut(image, corner_N2[kept], settings.window_px, settings.input_px)
-    np.save(folder / "patches.npy", patches)
-    _write_spots(folder / "spots.h5ad", section, spots[kept].assign(white_fraction=white), kept)
-    ledger = _ledger(spots.assign(status=status), section.lost)
+    white = white_fraction(white_mask(image), corner_N2, settings.window_px)
+    patches = cut(image, corner_N2, settings.window_px, settings.input_px)
+    _write_patches(folder / "patches.npy", patches)
+    obs = spots[kept].drop(columns="status").assign(white_fraction=white)
+    _write_spots(folder / "spots.h5ad", section, obs, kept)
+    ledger = _ledger(spots, section.lost)
     ledger.to_parquet(folder / "ledger.parquet")
     lost = ledger["status"][ledger["status"] != "kept"].value_counts()
+    pitch = um_per_px(section.spots)
     return {
         "section": section.files.section,
         "patient": section.files.patient,
         "subtype": section.files.subtype,
         "slide": section.files.slide.name,
         "slide_px": [width, height],
-        "um_per_px": round(um_per_px(section.spots), 5),
+        "um_per_px": round(pitch, 5) if np.isfinite(pitch) else None,
         "spots_raw": len(ledger),
         "spots_kept": int(kept.sum()),
         "lost": {reason: int(n) for reason, n in lost.items()},
@@ -243,20 +249,52 @@ def write_section(
     }
 
 
-def _write_spots(path: Path, section: RawSection, spots: pd.DataFrame, kept: np.ndarray) -> None:
-    ids = strip_version(section.genes)
-    if ids.has_duplicates:
-        twice = sorted(set(ids[ids.duplicated()]))[:3]
+def filter_spots(section: RawSection, width: int, height: int, settings: Prepare) -> pd.DataFrame:
+    """A section's spots with their total_counts, and the status that the filters give them.
+
+    Order of the filters: counts, then border; the white fraction is kept for the fold to apply,
+    since it is for training spots only.
+
+    Raises:
+        ValueError: no spot is left.
+    """
+    totals = np.asarray(section.counts.sum(axis=1)).ravel()
+    corner_N2 = corners(section.spots, settings.window_px)
+    few = totals < settings.min_counts
+    outside = crosses_border(corner_N2, settings.window_px, width, height)
+    if (few | outside).all():
         raise ValueError(
-            f"{section.files.counts}: genes stand twice but for their version: {twice}"
+            f"{section.files.slide}: no spot of section {section.files.section} is left "
+            f"({int(few.sum())} of {len(few)} have fewer than {settings.min_counts} counts, "
+            f"{int((~few & outside).sum())} windows cross the border): "
+            "lower min_counts or window_px"
         )
+    status = np.where(few, "below_min_counts", np.where(outside, "crosses_border", "kept"))
+    return section.spots.assign(total_counts=totals, status=status)
+
+
+def _write_patches(path: Path, patches: np.ndarray) -> None:
+    try:
+        np.save(path, patches)
+    except OSError as error:
+        if error.errno is None:  # how numpy tells that there is no room
+            raise OSError(errno.ENOSPC, str(error), str(path)) from error
+        raise
+
+
+def _write_spots(path: Path, section: RawSection, spots: pd.DataFrame, kept: np.ndarray) -> None:
+    """Write counts and positions, made in memory: HDF5 on a full disk ends in a segfault."""
     adata = anndata.AnnData(
         X=section.counts[kept],
         obs=spots,
-        var=pd.DataFrame(index=ids),
+        var=pd.DataFrame(index=strip_version(section.genes)),
         obsm={"spatial": spots[["pixel_x", "pixel_y"]].to_numpy(float)},
     )
-    adata.write_h5ad(path, compression="lzf")
+    adata.strings_to_categoricals()
+    memory = io.BytesIO()
+    with h5py.File(memory, "w") as file:
+        anndata.io.write_elem(file, "/", adata, dataset_kwargs={"compression": "lzf"})
+    path.write_bytes(memory.getvalue())
 
 
 def _ledger(spots: pd.DataFrame, lost: pd.Series) -> pd.DataFrame:
@@ -282,6 +320,7 @@ def _finish(
         "brstnet": __version__,
         **order,
         "genes": len(ids),
+        "files": {"genes.parquet": sha256(partial / "genes.parquet")},
         "gene_names": {
             "source": names.source,
             "ambiguous": names.ambiguous,

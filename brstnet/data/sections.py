@@ -165,7 +165,11 @@ def _count_faults(table: pd.DataFrame) -> list[str]:
 
 
 def spot_table(
-    path: Path, ids: pd.Index, pixel_x: pd.Series, pixel_y: pd.Series, taken: np.ndarray | None = None
+    path: Path,
+    ids: pd.Index,
+    pixel_x: pd.Series,
+    pixel_y: pd.Series,
+    taken: np.ndarray | None = None,
 ) -> pd.DataFrame:
     """Spots by id, with array_x, array_y, pixel_x, pixel_y.
 

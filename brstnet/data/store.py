@@ -40,10 +40,12 @@ class Store:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.index = read_index(self.path)
-        for entry in self.index["sections"]:
-            for name in SECTION_FILES:
-                if not (file := self.path / entry["section"] / name).is_file():
-                    raise FileNotFoundError(f"{file}: missing from the store; prepare it again")
+        names = [f"{e['section']}/{name}" for e in self.index["sections"] for name in SECTION_FILES]
+        for name in ("genes.parquet", *names):
+            if not (file := self.path / name).is_file():
+                raise FileNotFoundError(
+                    f"{file}: missing from the store; remove the store and prepare it again"
+                )
 
     @cached_property
     def sections(self) -> dict[str, dict[str, Any]]:
@@ -121,12 +123,10 @@ class Store:
 
     def verify(self) -> list[str]:
         """Read every file and compare it with its hash; the names of those that differ."""
-        return [
-            f"{name}/{file}"
-            for name, entry in self.sections.items()
-            for file, expected in entry["files"].items()
-            if sha256(self.path / name / file) != expected
-        ]
+        hashes = dict(self.index.get("files", {}))
+        for section, entry in self.sections.items():
+            hashes |= {f"{section}/{name}": expected for name, expected in entry["files"].items()}
+        return [name for name, expected in hashes.items() if sha256(self.path / name) != expected]
 
     def info(self) -> dict[str, Any]:
         """Facts for people and programs: what `brstnet info --json` prints."""
@@ -152,7 +152,12 @@ def read_index(path: Path) -> dict[str, Any]:
         partial = " (a half-written one waits beside it: run prepare again to finish it)"
         hint = partial if partial_path(path).is_dir() else ""
         raise FileNotFoundError(f"{path}: no patch store here{hint}; brstnet prepare makes one")
-    index: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        index: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{file}: the index is damaged: {error}; prepare the store again"
+        ) from error
     if index.get("format") != FORMAT:
         raise ValueError(f"{file}: format is {index.get('format')!r}, a store has {FORMAT!r}")
     if index["version"] > VERSION:

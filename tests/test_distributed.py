@@ -1,0 +1,260 @@
+"""Two processes on this machine train and validate as one would."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import socket
+from collections.abc import Mapping
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from brstnet import metrics
+from brstnet.config import Settings
+from brstnet.data.store import Store
+from brstnet.training import distributed
+from brstnet.training.distributed import World
+from brstnet.training.train import (
+    Task,
+    finished,
+    fit,
+    prepare_task,
+    start,
+    train_epoch,
+    train_step,
+    validate,
+)
+
+CPU = torch.device("cpu")
+WORLD = 2
+FIELDS = ("mx", "my", "sxx", "syy", "sxy")
+
+
+def quiet(note: Mapping[str, float]) -> None:
+    """A callback that does nothing."""
+
+
+def no_batch_norm(settings: Settings) -> Settings:
+    """A ViT in float32: what each worker computes depends on its own rows alone."""
+    training = dataclasses.replace(settings.training, backbone="test_vit", precision="float32")
+    return dataclasses.replace(settings, training=training)
+
+
+def parts() -> list[metrics.Moments]:
+    """What each rank has seen of three genes, the first of them constant; unequal numbers."""
+    rng = np.random.default_rng(0)
+    x, y = torch.from_numpy(1000 + 0.1 * rng.normal(size=(2, 50, 3)))
+    x[:, 0] = 1000.1
+    return [metrics.moments(x[:13], y[:13]), metrics.moments(x[13:], y[13:])]
+
+
+def one_spot_in_the_first_section(task: Task) -> Task:
+    """The task with fewer validation spots in a section than there are workers."""
+    section_N = task.validation.section_N
+    rows = np.flatnonzero((section_N > 0) | (np.arange(len(section_N)) == 0))
+    return dataclasses.replace(task, validation=dataclasses.replace(task.validation, rows=rows))
+
+
+def numbers(found: tuple[float, list[metrics.Moments]]) -> dict[str, Any]:
+    """A validation's outcome, to be written down."""
+    loss, sections = found
+    moments = [[m.n, *(np.asarray(getattr(m, f)).tolist() for f in FIELDS)] for m in sections]
+    return {"loss": loss, "moments": moments}
+
+
+def do_all(folder: Path, store: Store, settings: Settings) -> dict[str, Any]:
+    """Everything that is compared, done by whoever calls: one process, or each of several."""
+    here = distributed.world()
+    found: dict[str, Any] = {}
+    vit = no_batch_norm(settings)
+    task = prepare_task(store, vit, 0, CPU)
+    run = start(task, folder / "vit", 32)
+    found["before"] = numbers(validate(task, run.model))
+    found["few"] = numbers(validate(one_spot_in_the_first_section(task), run.model))
+    first = [p.detach().clone() for p in run.model.parameters()]
+    found["train_loss"] = train_epoch(task, run.network, run.optimizer, 0)
+    found["after"] = numbers(validate(task, run.model))
+    updates = [p.detach() - f for p, f in zip(run.model.parameters(), first, strict=True)]
+    np.save(folder / f"update_{here.size}_{here.rank}.npy", torch.cat([u.ravel() for u in updates]))
+    notes: list[dict[str, float]] = []
+    result = fit(
+        store,
+        settings,
+        0,
+        folder / "resnet",
+        device=CPU,
+        on_epoch=lambda note: notes.append(dict(note)),
+    )
+    found["fit"] = {"score": result.score, "epoch": result.epoch, "notes": len(notes)}
+    return found
+
+
+def step_twice(store: Store, settings: Settings) -> torch.Tensor:
+    """Two steps on rows chosen by hand, each rank its share; all parameters in one vector."""
+    task = prepare_task(store, no_batch_norm(settings), 0, CPU)
+    run = start(task, Path("nowhere"), 32)
+    run.network.train()
+    for rows in (np.arange(8), np.arange(8, 16)):
+        mine = torch.from_numpy(rows[task.here.rank :: task.here.size])
+        x_BCHW = task.train.patches(mine).permute(0, 3, 1, 2) / 255
+        train_step(run.network, run.optimizer, x_BCHW, task.train.y_NG[mine], 2.0, torch.float32)
+    return torch.cat([p.detach().ravel() for p in run.model.parameters()])
+
+
+def work(rank: int, port: int, folder: Path, store: Path, settings: Settings) -> None:
+    """What each of the two processes does."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD
+    )
+    assert distributed.world() == World(rank, WORLD)
+    merged = distributed.merge_everywhere(parts()[rank], distributed.world())
+    np.save(folder / f"merged_{rank}.npy", torch.stack([getattr(merged, f) for f in FIELDS]))
+    found = do_all(folder, Store(store), settings)
+    found["n"] = merged.n
+    np.save(folder / f"steps_{rank}.npy", step_twice(Store(store), settings))
+    uneven = dataclasses.replace(
+        settings, training=dataclasses.replace(settings.training, batch_size=9)
+    )
+    try:
+        prepare_task(Store(store), uneven, 0, CPU)
+    except ValueError as error:
+        found["uneven"] = str(error)
+    (folder / f"found_{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+@dataclasses.dataclass(frozen=True)
+class Both:
+    """What two processes found, and what one did."""
+
+    folder: Path
+    ranks: list[dict[str, Any]]
+    alone: dict[str, Any]
+    alone_folder: Path
+
+    def load(self, name: str) -> np.ndarray:
+        loaded: np.ndarray = np.load(self.folder / name)
+        return loaded
+
+
+@pytest.fixture(scope="module")
+def module_settings() -> Settings:
+    """The usual settings, for a fixture that is made once."""
+    from conftest import make_settings
+
+    return make_settings()
+
+
+@pytest.fixture(scope="module")
+def both(
+    demo_store: Store, module_settings: Settings, tmp_path_factory: pytest.TempPathFactory
+) -> Both:
+    folder, alone_folder = (tmp_path_factory.mktemp(name) for name in ("two", "one"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    arguments = (port, folder, demo_store.path, module_settings)
+    workers = [context.Process(target=work, args=(rank, *arguments)) for rank in range(WORLD)]
+    for worker in workers:
+        worker.start()
+    alone = do_all(alone_folder, demo_store, module_settings)
+    for worker in workers:
+        worker.join(180)
+        assert worker.exitcode == 0
+    ranks = [json.loads((folder / f"found_{rank}.json").read_text()) for rank in range(WORLD)]
+    return Both(folder, ranks, alone, alone_folder)
+
+
+def test_merging_everywhere_equals_the_whole_with_the_same_bits_on_each_rank(both: Both) -> None:
+    merged = both.load("merged_0.npy")
+    np.testing.assert_array_equal(merged, both.load("merged_1.npy"))
+    whole = reduce(metrics.merge, parts())
+    expected = np.stack([np.asarray(getattr(whole, field)) for field in FIELDS])
+    np.testing.assert_array_equal(merged, expected)
+    assert [found["n"] for found in both.ranks] == [50, 50]
+    assert np.isnan(metrics.correlation(metrics.Moments(50, *merged)))[0]
+
+
+@pytest.mark.parametrize("what", ["before", "few"])
+def test_validation_by_two_equals_validation_by_one(both: Both, what: str) -> None:
+    """The same model and spots; only the last bits of a forward pass depend on the batch."""
+    assert both.ranks[0][what] == both.ranks[1][what]
+    two, one = both.ranks[0][what], both.alone[what]
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-6)
+    for ours, theirs in zip(two["moments"], one["moments"], strict=True):
+        assert ours[0] == theirs[0]
+        for a, b in zip(ours[1:], theirs[1:], strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_section_with_fewer_spots_than_workers_is_validated(both: Both) -> None:
+    assert both.ranks[0]["few"]["moments"][0][0] == 1
+    assert np.isfinite(both.ranks[0]["few"]["loss"])
+
+
+def test_two_steps_by_two_equal_two_steps_by_one_on_the_same_global_batch(
+    both: Both, demo_store: Store, module_settings: Settings
+) -> None:
+    np.testing.assert_array_equal(both.load("steps_0.npy"), both.load("steps_1.npy"))
+    task = prepare_task(demo_store, no_batch_norm(module_settings), 0, CPU)
+    before = start(task, Path("nowhere"), 32).model
+    first = torch.cat([p.detach().ravel() for p in before.parameters()]).numpy()
+    one = step_twice(demo_store, module_settings).numpy()
+    apart = np.linalg.norm(both.load("steps_0.npy") - one) / np.linalg.norm(one - first)
+    assert apart <= 1e-4
+
+
+def test_an_epoch_by_two_equals_an_epoch_by_one(both: Both) -> None:
+    one = np.load(both.alone_folder / "update_1_0.npy")
+    two = [both.load(f"update_2_{rank}.npy") for rank in range(WORLD)]
+    np.testing.assert_array_equal(*two)
+    assert np.linalg.norm(two[0] - one) / np.linalg.norm(one) <= 1e-4
+    losses = [found["train_loss"] for found in both.ranks]
+    assert losses[0] == losses[1] == pytest.approx(both.alone["train_loss"], rel=1e-5)
+    assert both.ranks[0]["after"] == both.ranks[1]["after"]
+    assert both.ranks[0]["after"]["loss"] == pytest.approx(both.alone["after"]["loss"], rel=1e-4)
+
+
+def test_a_fit_by_two_ends_with_one_result_that_the_leading_one_wrote(
+    both: Both, demo_store: Store, module_settings: Settings
+) -> None:
+    """With BatchNorm each worker has its own batches; all validate the model that is saved."""
+    outcomes = [found["fit"] for found in both.ranks]
+    assert outcomes[0]["score"] == outcomes[1]["score"]
+    assert [outcome["notes"] for outcome in outcomes] == [2, 0]
+    result = finished(both.folder / "resnet")
+    assert result is not None
+    assert result.score == outcomes[0]["score"]
+    assert result.folder.is_dir()
+    facts = json.loads((result.folder / "checkpoint.json").read_text())
+    assert facts["machine"]["workers"] == WORLD
+    task = prepare_task(demo_store, module_settings, 0, CPU)
+    run = start(task, both.folder / "resnet", 32)
+    sections = validate(task, run.model)[1]
+    assert metrics.fold_score(sections, task.patients) == pytest.approx(result.score, abs=2e-3)
+
+
+def test_a_batch_that_does_not_divide_is_refused(both: Both) -> None:
+    for found in both.ranks:
+        assert "must be a multiple of their number (2)" in found["uneven"]
+
+
+def test_alone_nothing_is_wrapped_and_nothing_waits() -> None:
+    here, model = distributed.world(), torch.nn.Linear(2, 2)
+    assert here == World(0, 1)
+    assert here.leads
+    assert distributed.wrap(model, here, CPU) is model
+    distributed.share_buffers(model, here)
+    distributed.barrier(here)
+    part = parts()[0]
+    assert distributed.merge_everywhere(part, here) is part
+    assert float(distributed.total(torch.tensor(3.0), here)) == 3
