@@ -186,7 +186,9 @@ def _demo_options(parser: Parser) -> None:
 
 
 def _demo(args: Namespace) -> None:
-    make_demo(args.folder, from_namespace(Demo, args))
+    demo = from_namespace(Demo, args)
+    with tqdm(total=demo.patients * demo.sections_per_patient, unit="slide", desc="drawing") as bar:
+        make_demo(args.folder, demo, lambda _: bar.update())
     _say(f"demo tissue in {args.folder}, the truth beside it in truth.parquet")
 
 

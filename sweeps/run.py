@@ -115,6 +115,7 @@ def start_ray(plan: Sweep, address: str | None) -> None:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # MLflow keeps the record
     common: dict[str, Any] = {
         "runtime_env": {"env_vars": {**ALLOCATOR, "MLFLOW_DISABLE_TELEMETRY": "true"}},
         "log_to_driver": False,

@@ -1,12 +1,14 @@
 """The search: Optuna through Tune, with the truth told about trials that were stopped."""
 
 import math
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
@@ -62,6 +64,7 @@ class SweepSearch(OptunaSearch):
 def make_search(sweep: Sweep, out: Path) -> SweepSearch:
     """The searcher, its study in a database under `out`, the paper's setting as trial 0."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.simplefilter("ignore", ExperimentalWarning)  # TPE's `group`, chosen knowingly
     storage = RDBStorage(
         f"sqlite:///{out / 'optuna.db'}", engine_kwargs={"connect_args": {"timeout": 60}}
     )

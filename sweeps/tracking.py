@@ -6,6 +6,7 @@ the runs it had.
 """
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -36,6 +37,8 @@ def local_uri(out: Path) -> str:
 def connect(uri: str) -> MlflowClient:
     """A client of a tracking server or database; a database is made if it is missing."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 

@@ -15,7 +15,7 @@ from ray import tune
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from brstnet.config import Settings
+from brstnet.config import Settings, to_yaml
 from brstnet.data.store import Store
 from brstnet.evaluation import plots, validation
 from brstnet.launch import pick_device
@@ -95,6 +95,7 @@ def train_folds(number: int, point: dict[str, Any], job: Job, report: Report) ->
     seconds = 0.0
     try:
         settings = job.sweep.settings(point)
+        (folder / "settings.yaml").write_text(to_yaml(settings))
         store = Store(job.store)
         tracker = start_tracker(job, number, settings, store)
         for fold in range(settings.protocol.folds):
