@@ -38,8 +38,7 @@ check: $(VENV)/.installed-dev
 
 ## ui: the MLflow UI on 127.0.0.1, at the sweeps' runs
 ui: $(VENV)/.installed
-	@echo "open http://127.0.0.1:5000/#/experiments/1/runs (Ctrl-C stops it)"
-	$(BIN)/mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(abspath $(RUNS))/mlflow.db
+	$(BIN)/python sweeps/ui.py --runs $(RUNS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -8,7 +8,6 @@ the runs it had.
 import json
 import logging
 import os
-import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -60,7 +59,8 @@ def start_run(
     parent: str | None = None,
 ) -> str:
     """Start a run of a kind (sweep, trial, fold, evaluation) and return its id."""
-    own = {"brstnet.kind": kind, "mlflow.source.name": Path(sys.argv[0]).name}
+    source = "sweeps/evaluate.py" if kind == "evaluation" else "sweeps/run.py"
+    own = {"brstnet.kind": kind, "mlflow.source.name": source}
     if parent is not None:
         own["mlflow.parentRunId"] = parent
     run = client.create_run(experiment_id, run_name=name, tags={**own, **tags})
@@ -118,7 +118,9 @@ class TrialTracker:
         """The trial's run, started on first use."""
         tags = {**self.tags, "brstnet.trial": str(number), "brstnet.state": "RUNNING"}
         tags["brstnet.protocol_line"] = protocol.line()
-        run_id, new = self._run("trial", f"trial {number}", tags, self.sweep_run)
+        run_id, new = self._run(
+            "trial", f"trial {number} {training.backbone}", tags, self.sweep_run
+        )
         if new:
             log(self.client, run_id, params=plain(training))
             log_store(self.client, run_id, store, protocol)

@@ -1,12 +1,15 @@
-"""What many tests need: demo tissue, a store of it, settings that train in a second, real tissue."""
+"""What many tests need: demo tissue, its store, settings that train in a second, real tissue."""
 
+import functools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from brstnet.config import Prepare, Protocol, Settings, Training
+from brstnet.data import genes
 from brstnet.data.prepare import prepare
 from brstnet.data.store import Store
 from brstnet.data.synthetic import Demo, make_demo
@@ -28,6 +31,17 @@ def her2st_raw() -> Path:
     return HER2ST
 
 
+@pytest.fixture(scope="module")
+def hgnc_once() -> Iterator[None]:
+    """The table of gene symbols is read once a module: half the time that a tiny store takes."""
+    original = genes._answers
+    answers = functools.cache(lambda: original(genes._hgnc()[0]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(genes, "_hgnc", functools.cache(genes._hgnc))
+        patch.setattr(genes, "_answers", lambda _: answers())
+        yield
+
+
 @pytest.fixture(scope="session")
 def demo_raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Demo tissue in the stnet layout: 6 patients, one section of about 24 spots each."""
@@ -44,7 +58,7 @@ def demo_store(demo_raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Stor
     return prepare(demo_raw, folder, settings, progress=False)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def settings() -> Settings:
     """Two epochs of timm's smallest ResNet on two folds."""
     return Settings(

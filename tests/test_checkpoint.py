@@ -38,9 +38,20 @@ def run(demo_store: Store, settings: Settings, tmp_path: Path) -> Run:
     return one
 
 
+@pytest.fixture(scope="module")
+def whole(
+    demo_store: Store, settings: Settings, tmp_path_factory: pytest.TempPathFactory
+) -> FitResult:
+    """A finished fold; not to be changed."""
+    out = tmp_path_factory.mktemp("whole") / "fit"
+    return fit(demo_store, settings, 0, out, device=CPU, on_epoch=quiet)
+
+
 @pytest.fixture
-def result(demo_store: Store, settings: Settings, tmp_path: Path) -> FitResult:
-    return fit(demo_store, settings, 0, tmp_path / "fit", device=CPU, on_epoch=quiet)
+def result(whole: FitResult, tmp_path: Path) -> FitResult:
+    """A finished fold under tmp_path/fit, to do with as one likes."""
+    shutil.copytree(whole.folder.parent, tmp_path / "fit")
+    return dataclasses.replace(whole, folder=tmp_path / "fit" / whole.folder.name)
 
 
 # Round trip --------------------------------------------------------------------------------------

@@ -90,6 +90,7 @@ def test_fingerprint_is_equal_for_equal_settings() -> None:
     assert Settings().fingerprint() == Settings().fingerprint()
     assert len(Settings().fingerprint()) == 12
     int(Settings().fingerprint(), 16)
+    assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": (2,), "a": 1})
     mapping = plain(CHANGED)
     turned = {key: dict(reversed(values.items())) for key, values in reversed(mapping.items())}
     assert build(Settings, turned, "x").fingerprint() == CHANGED.fingerprint()

@@ -146,27 +146,17 @@ class Both:
 
 
 @pytest.fixture(scope="module")
-def module_settings() -> Settings:
-    """The usual settings, for a fixture that is made once."""
-    from conftest import make_settings
-
-    return make_settings()
-
-
-@pytest.fixture(scope="module")
-def both(
-    demo_store: Store, module_settings: Settings, tmp_path_factory: pytest.TempPathFactory
-) -> Both:
+def both(demo_store: Store, settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Both:
     folder, alone_folder = (tmp_path_factory.mktemp(name) for name in ("two", "one"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
-    arguments = (port, folder, demo_store.path, module_settings)
+    arguments = (port, folder, demo_store.path, settings)
     workers = [context.Process(target=work, args=(rank, *arguments)) for rank in range(WORLD)]
     for worker in workers:
         worker.start()
-    alone = do_all(alone_folder, demo_store, module_settings)
+    alone = do_all(alone_folder, demo_store, settings)
     for worker in workers:
         worker.join(180)
         assert worker.exitcode == 0
@@ -174,6 +164,7 @@ def both(
     return Both(folder, ranks, alone, alone_folder)
 
 
+@pytest.mark.slow
 def test_merging_everywhere_equals_the_whole_with_the_same_bits_on_each_rank(both: Both) -> None:
     merged = both.load("merged_0.npy")
     np.testing.assert_array_equal(merged, both.load("merged_1.npy"))
@@ -184,6 +175,7 @@ def test_merging_everywhere_equals_the_whole_with_the_same_bits_on_each_rank(bot
     assert np.isnan(metrics.correlation(metrics.Moments(50, *merged)))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["before", "few"])
 def test_validation_by_two_equals_validation_by_one(both: Both, what: str) -> None:
     """The same model and spots; only the last bits of a forward pass depend on the batch."""
@@ -196,23 +188,26 @@ def test_validation_by_two_equals_validation_by_one(both: Both, what: str) -> No
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_section_with_fewer_spots_than_workers_is_validated(both: Both) -> None:
     assert both.ranks[0]["few"]["moments"][0][0] == 1
     assert np.isfinite(both.ranks[0]["few"]["loss"])
 
 
+@pytest.mark.slow
 def test_two_steps_by_two_equal_two_steps_by_one_on_the_same_global_batch(
-    both: Both, demo_store: Store, module_settings: Settings
+    both: Both, demo_store: Store, settings: Settings
 ) -> None:
     np.testing.assert_array_equal(both.load("steps_0.npy"), both.load("steps_1.npy"))
-    task = prepare_task(demo_store, no_batch_norm(module_settings), 0, CPU)
+    task = prepare_task(demo_store, no_batch_norm(settings), 0, CPU)
     before = start(task, Path("nowhere"), 32).model
     first = torch.cat([p.detach().ravel() for p in before.parameters()]).numpy()
-    one = step_twice(demo_store, module_settings).numpy()
+    one = step_twice(demo_store, settings).numpy()
     apart = np.linalg.norm(both.load("steps_0.npy") - one) / np.linalg.norm(one - first)
     assert apart <= 1e-4
 
 
+@pytest.mark.slow
 def test_an_epoch_by_two_equals_an_epoch_by_one(both: Both) -> None:
     one = np.load(both.alone_folder / "update_1_0.npy")
     two = [both.load(f"update_2_{rank}.npy") for rank in range(WORLD)]
@@ -224,8 +219,9 @@ def test_an_epoch_by_two_equals_an_epoch_by_one(both: Both) -> None:
     assert both.ranks[0]["after"]["loss"] == pytest.approx(both.alone["after"]["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_fit_by_two_ends_with_one_result_that_the_leading_one_wrote(
-    both: Both, demo_store: Store, module_settings: Settings
+    both: Both, demo_store: Store, settings: Settings
 ) -> None:
     """With BatchNorm each worker has its own batches; all validate the model that is saved."""
     outcomes = [found["fit"] for found in both.ranks]
@@ -237,12 +233,13 @@ def test_a_fit_by_two_ends_with_one_result_that_the_leading_one_wrote(
     assert result.folder.is_dir()
     facts = json.loads((result.folder / "checkpoint.json").read_text())
     assert facts["machine"]["workers"] == WORLD
-    task = prepare_task(demo_store, module_settings, 0, CPU)
+    task = prepare_task(demo_store, settings, 0, CPU)
     run = start(task, both.folder / "resnet", 32)
     sections = validate(task, run.model)[1]
     assert metrics.fold_score(sections, task.patients) == pytest.approx(result.score, abs=2e-3)
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_divide_is_refused(both: Both) -> None:
     for found in both.ranks:
         assert "must be a multiple of their number (2)" in found["uneven"]

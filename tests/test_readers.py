@@ -1,7 +1,6 @@
 """Readers of raw data: planted values come out, every spot is accounted for, faults are named."""
 
 import dataclasses
-import gzip
 from collections.abc import Callable
 from pathlib import Path
 
@@ -150,29 +149,29 @@ def test_um_per_px_is_the_planted_scale() -> None:
 # --- real tissue
 
 
-def test_real_her2st(her2st_raw: Path) -> None:
-    listing = her2st.find(her2st_raw)
-    assert [s.section for s in listing.sections] == ["B4", "C2", "C3", "C4", "C5"]
-    assert len(listing.left_alone) == 28
-    no_counts, scales = [], []
-    for files in listing.sections:
-        read = her2st.read(files)
-        table = pd.read_csv(files.spots, sep="\t")
-        with gzip.open(files.counts, "rt") as file:
-            ids = {line.split("\t", 1)[0] for line in list(file)[1:]}
-        assert set(read.spots.index) | set(read.lost.index) == ids | set(
-            table["x"].astype(str) + "x" + table["y"].astype(str)
-        )
-        no_counts.append(int((read.lost == "no_counts").sum()))
-        scales.append(um_per_px(read.spots))
-        check_inside(files, read.spots, *slide_size(files.slide))
-    assert no_counts == [1, 0, 2, 3, 2]
+@pytest.fixture(scope="module")
+def real(her2st_raw: Path) -> dict[str, RawSection]:
+    return {files.section: her2st.read(files) for files in her2st.find(her2st_raw).sections}
+
+
+def test_real_her2st(her2st_raw: Path, real: dict[str, RawSection]) -> None:
+    assert list(real) == ["B4", "C2", "C3", "C4", "C5"]
+    assert len(her2st.find(her2st_raw).left_alone) == 28
+    for read in real.values():
+        check_inside(read.files, read.spots, *slide_size(read.files.slide))
+        table = pd.read_csv(read.files.spots, sep="\t")
+        counted = pd.read_csv(read.files.counts, sep="\t", usecols=[0]).iloc[:, 0]
+        positions = table["x"].astype(str) + "x" + table["y"].astype(str)
+        assert sorted([*read.spots.index, *read.lost.index]) == sorted({*counted, *positions})
+    no_counts = {name: int((read.lost == "no_counts").sum()) for name, read in real.items()}
+    assert no_counts == {"B4": 1, "C2": 0, "C3": 2, "C4": 3, "C5": 2}
+    scales = [um_per_px(read.spots) for read in real.values()]
     np.testing.assert_allclose(scales, 0.687, atol=0.003)
 
 
-def test_real_her2st_counts_are_those_of_pandas(her2st_raw: Path) -> None:
-    read = her2st.read(next(s for s in her2st.find(her2st_raw).sections if s.section == "B4"))
-    table = pd.read_csv(her2st_raw / "counts/B4.tsv.gz", sep="\t", index_col=0)
+def test_real_her2st_counts_are_those_of_pandas(real: dict[str, RawSection]) -> None:
+    read = real["B4"]
+    table = pd.read_csv(read.files.counts, sep="\t", index_col=0)
     expected = table.loc[read.spots.index]
     assert list(read.genes) == list(expected.columns)
     np.testing.assert_array_equal(read.counts.toarray(), expected.to_numpy())

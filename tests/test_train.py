@@ -25,6 +25,7 @@ from brstnet.training.fitted import Fitted, training_rows
 from brstnet.training.leaks import LeakError
 from brstnet.training.model import BrSTNet, build_model
 from brstnet.training.train import (
+    FitResult,
     Progress,
     ended,
     finished,
@@ -343,19 +344,27 @@ def test_validation_streams_what_the_whole_would_give(
 # A fit -------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def whole(
+    demo_store: Store, settings: Settings, tmp_path_factory: pytest.TempPathFactory
+) -> FitResult:
+    """The usual settings trained to the end; not to be changed."""
+    out = tmp_path_factory.mktemp("whole")
+    return fit(demo_store, settings, 0, out, device=CPU, on_epoch=quiet)
+
+
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
-    demo_store: Store, settings: Settings, tmp_path: Path
+    demo_store: Store, settings: Settings, whole: FitResult, tmp_path: Path
 ) -> None:
     notes: list[Mapping[str, float]] = []
-    first = fit(demo_store, settings, 0, tmp_path / "a", device=CPU, on_epoch=notes.append)
     torch.manual_seed(12345)
     np.random.default_rng().random()
-    second = fit(demo_store, settings, 0, tmp_path / "b", device=CPU, on_epoch=quiet)
+    again = fit(demo_store, settings, 0, tmp_path / "again", device=CPU, on_epoch=notes.append)
     other = with_training(settings, seed=1)
-    third = fit(demo_store, other, 0, tmp_path / "c", device=CPU, on_epoch=quiet)
-    assert same_bits(first.folder, second.folder)
-    assert not same_bits(first.folder, third.folder)
-    assert first.score == second.score
+    third = fit(demo_store, other, 0, tmp_path / "other", device=CPU, on_epoch=quiet)
+    assert same_bits(again.folder, whole.folder)
+    assert not same_bits(third.folder, whole.folder)
+    assert again.score == whole.score
     assert [note["epoch"] for note in notes] == [0, 1]
     assert set(notes[0]) == {
         "epoch",
@@ -369,27 +378,27 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
 
 
 def test_a_finished_fold_is_not_repeated(
-    demo_store: Store, settings: Settings, tmp_path: Path
+    demo_store: Store, settings: Settings, whole: FitResult
 ) -> None:
     def never(note: Mapping[str, float]) -> None:
         raise AssertionError
 
-    first = fit(demo_store, settings, 0, tmp_path, device=CPU, on_epoch=quiet)
-    assert fit(demo_store, settings, 0, tmp_path, device=CPU, on_epoch=never) == first
-    assert finished(tmp_path) == first
+    out = whole.folder.parent
+    assert fit(demo_store, settings, 0, out, device=CPU, on_epoch=never) == whole
+    assert finished(out) == whole
 
 
 def test_what_another_run_finished_is_not_taken_for_this_one(
-    demo_store: Store, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    demo_store: Store, settings: Settings, whole: FitResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fit(demo_store, settings, 0, tmp_path, device=CPU, on_epoch=quiet)
+    out, other = whole.folder.parent, with_training(settings, seed=9)
     with pytest.raises(ValueError, match="made with another settings"):
-        fit(demo_store, with_training(settings, seed=9), 0, tmp_path, device=CPU, on_epoch=quiet)
+        fit(demo_store, other, 0, out, device=CPU, on_epoch=quiet)
     with pytest.raises(ValueError, match="made with another fold"):
-        fit(demo_store, settings, 1, tmp_path, device=CPU, on_epoch=quiet)
+        fit(demo_store, settings, 1, out, device=CPU, on_epoch=quiet)
     monkeypatch.setattr(Store, "digest", "another")
     with pytest.raises(ValueError, match="made with another store"):
-        fit(demo_store, settings, 0, tmp_path, device=CPU, on_epoch=quiet)
+        fit(demo_store, settings, 0, out, device=CPU, on_epoch=quiet)
 
 
 def test_resume_refuses_what_other_settings_left(
@@ -530,25 +539,24 @@ def go_on(folder: Path, store: Path, settings: Settings) -> None:
 
 
 @pytest.fixture(scope="module")
-def went_on(demo_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def went_on(
+    demo_store: Store, settings: Settings, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """Trainings that were stopped after epoch 1 and gone on from in another process."""
     folder = tmp_path_factory.mktemp("resumed")
-
-    def run(settings: Settings) -> Path:
-        if not any(folder.iterdir()):
-            for backbone in RESUMED:
-                one = resumed(settings, backbone)
-                with pytest.raises(Stop):
-                    fit(demo_store, one, 0, folder / backbone, device=CPU, on_epoch=stop_after(1))
-            child = multiprocessing.get_context("spawn").Process(
-                target=go_on, args=(folder, demo_store.path, settings)
-            )
-            child.start()
-            child.join(120)
-            assert child.exitcode == 0
-        return folder
-
-    return run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "build_model", with_dropout)
+        for backbone in RESUMED:
+            one, out = resumed(settings, backbone), folder / backbone
+            with pytest.raises(Stop):
+                fit(demo_store, one, 0, out, device=CPU, on_epoch=stop_after(1))
+    child = multiprocessing.get_context("spawn").Process(
+        target=go_on, args=(folder, demo_store.path, settings)
+    )
+    child.start()
+    child.join(120)
+    assert child.exitcode == 0
+    return folder
 
 
 @pytest.mark.parametrize("backbone", RESUMED)
@@ -557,11 +565,11 @@ def test_stopped_and_gone_on_from_in_a_fresh_process_gives_the_same_bits(
     settings: Settings,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    went_on: Callable[..., Path],
+    went_on: Path,
     backbone: str,
 ) -> None:
     monkeypatch.setattr(train, "build_model", with_dropout)
-    again = went_on(settings) / backbone
+    again = went_on / backbone
     one = resumed(settings, backbone)
     whole = fit(demo_store, one, 0, tmp_path, device=CPU, on_epoch=quiet)
     for name in ("best", "last"):
@@ -584,16 +592,24 @@ def test_stopped_and_gone_on_from_in_a_fresh_process_gives_the_same_bits(
     )
 
 
-def test_dropout_and_the_schedule_were_at_work_in_those_runs(
-    demo_store: Store, settings: Settings, tmp_path: Path, went_on: Callable[..., Path]
+@pytest.mark.parametrize("backbone", RESUMED)
+def test_dropout_was_at_work_in_those_runs(
+    demo_store: Store, settings: Settings, backbone: str
 ) -> None:
-    folder = went_on(settings)
-    for backbone in RESUMED:
-        plain = resumed(settings, backbone)
-        fit(demo_store, plain, 0, tmp_path / backbone, device=CPU, on_epoch=quiet)
-        assert not same_bits(tmp_path / backbone / "last", folder / backbone / "last")
+    task = prepare_task(demo_store, resumed(settings, backbone), 0, CPU)
+    x_BCHW = to_input(task.train.patches(torch.arange(4)), task.fitted, None)
+    for build, differ in ((with_dropout, True), (build_model, False)):
+        model = build(task.training, task.fitted, 32).train()
+        outputs = []
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            outputs.append(model(x_BCHW)[0])
+        assert torch.equal(*outputs) != differ
+
+
+def test_the_schedules_were_at_work_in_those_runs(went_on: Path) -> None:
     for backbone in ("test_resnet", "test_vit"):
-        progress = json.loads((folder / backbone / "last" / "progress.json").read_text())
+        progress = json.loads((went_on / backbone / "last" / "progress.json").read_text())
         assert len({note["learning_rate"] for note in progress["history"]}) > 1
 
 
@@ -603,6 +619,7 @@ def test_broken_off_within_an_epoch_it_goes_on_from_the_last_whole_one(
     settings: Settings,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    whole: FitResult,
     step: int,
 ) -> None:
     """Step 1 is in the first epoch, before anything is saved; step 9 in the second."""
@@ -616,10 +633,9 @@ def test_broken_off_within_an_epoch_it_goes_on_from_the_last_whole_one(
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", breaks)
         with pytest.raises(KeyboardInterrupt):
-            fit(demo_store, settings, 0, tmp_path / "broken", device=CPU, on_epoch=quiet)
-    assert (tmp_path / "broken" / "last").exists() == (step == 9)
-    again = fit(demo_store, settings, 0, tmp_path / "broken", device=CPU, on_epoch=quiet)
-    whole = fit(demo_store, settings, 0, tmp_path / "whole", device=CPU, on_epoch=quiet)
+            fit(demo_store, settings, 0, tmp_path, device=CPU, on_epoch=quiet)
+    assert (tmp_path / "last").exists() == (step == 9)
+    again = fit(demo_store, settings, 0, tmp_path, device=CPU, on_epoch=quiet)
     assert same_bits(again.folder, whole.folder)
 
 
