@@ -428,9 +428,11 @@ def test_too_little_disk_is_told_at_the_start(
     assert content(make(raw).path) == content(tiny_store.path)
 
 
-@pytest.mark.parametrize("free_kb", [100, 248], ids=["at the patches", "at the counts"])
-def test_a_disk_that_is_really_full(raw: Path, free_kb: int) -> None:
-    """On a file system of a few kB, in a name space of its own; the process must end cleanly."""
+def test_a_disk_that_is_really_full(raw: Path) -> None:
+    """On a file system of 248 kB, in a name space of its own: full at the first counts.
+
+    The process must end cleanly, where HDF5 writing to the disk itself ends in a segfault.
+    """
     disk = raw.parent / "disk"
     disk.mkdir()
     code = (
@@ -440,7 +442,7 @@ def test_a_disk_that_is_really_full(raw: Path, free_kb: int) -> None:
         f"made = main({arguments(raw, disk / 'store')})\n"
         "print(made, *(p.name for p in Path(sys.argv[1]).rglob('*.*') if p.stat().st_size))\n"
     )
-    mount = f'mount -t tmpfs -o size={free_kb}k tmpfs "{disk}" && exec "$@"'
+    mount = f'mount -t tmpfs -o size=248k tmpfs "{disk}" && exec "$@"'
     alone = ["unshare", "--map-root-user", "--mount", "sh", "-c", mount, "sh"]
     if (
         shutil.which("unshare") is None
@@ -452,8 +454,8 @@ def test_a_disk_that_is_really_full(raw: Path, free_kb: int) -> None:
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.split()[0] == "2"
-    written = {"order.json", "patches.npy"} | ({"spots.h5ad"} if free_kb > 220 else set())
-    assert set(run.stdout.split()[1:]) == {"store.partial", "BC00001_C1.tmp", *written}
+    written = {"store.partial", "order.json", "BC00001_C1.tmp", "patches.npy", "spots.h5ad"}
+    assert set(run.stdout.split()[1:]) == written
     assert "the disk is full; finished sections are kept" in run.stderr
     assert "Traceback" not in run.stderr
 
