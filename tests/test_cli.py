@@ -232,7 +232,6 @@ SETTINGS_FILES = {
     "a wrong type": ("training:\n  epochs: many\n", 'training.epochs":\n  Expected a <class'),
     "out of range": ("protocol:\n  folds: 1\n", "folds must be at least 2, got 1"),
     "misspelt": ("training:\n  epocs: 1\n", "did you mean training.epochs"),
-    "too few genes": ("training: {auxnet: false, genes: 3}\n", "raise training.genes to at least"),
 }
 
 
