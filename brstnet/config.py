@@ -232,6 +232,8 @@ class Parser(ArgumentParser):
             near = difflib.get_close_matches(wrong, names, cutoff=0.85) or near_leaves(wrong, names)
             hint = f"did you mean {' or '.join(near)}? " if near else ""
             message += f"\n{hint}valid names: {', '.join(names)}"
+        if "class 'tuple'" in message:
+            message += "\nwrite a list in brackets, as in '[A, B]'"
         super().error(message, ex)
         raise AssertionError  # pragma: no cover - error() exits or raises
 

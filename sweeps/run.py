@@ -156,6 +156,7 @@ def sweep_run(client: Any, experiment_id: str, plan: Sweep, store: Store, folder
     tracking.log_store(client, run_id, store, plan.protocol)
     client.log_text(run_id, to_yaml(plan), "sweep.yaml")
     tracking.write_runs(folder, {"sweep": run_id})
+    tracking.share_view(client, experiment_id, plan.name, list(plan.space))
     return run_id
 
 

@@ -47,7 +47,47 @@ def experiment(client: MlflowClient, out: Path, uri: str) -> str:
     if found is not None:
         return str(found.experiment_id)
     local = (out / "artifacts").resolve().as_uri() if uri.startswith("sqlite") else None
-    return str(client.create_experiment(EXPERIMENT, artifact_location=local))
+    tags = {"mlflow.experimentKind": "custom_model_development"}  # what the UI opens at
+    return str(client.create_experiment(EXPERIMENT, artifact_location=local, tags=tags))
+
+
+def share_view(client: MlflowClient, experiment_id: str, sweep: str, searched: list[str]) -> None:
+    """Give the UI a view of a sweep's trials: its leaderboard, with what was searched as columns.
+
+    MLflow keeps the views that users share in tags of the experiment; this writes one of them.
+    """
+    metrics = ["score", "folds_done", "cost_seconds"]
+    columns = [*(f"metrics.`{m}`" for m in metrics), *(f"params.`{p}`" for p in searched)]
+    view = {
+        "searchFilter": f"tags.`brstnet.kind` = 'trial' and tags.`brstnet.sweep` = '{sweep}'",
+        "orderByKey": "metrics.`score`",
+        "orderByAsc": False,
+        "startTime": "ALL",
+        "lifecycleFilter": "Active",
+        "datasetsFilter": [],
+        "modelVersionFilter": "All Runs",
+        "selectedColumns": ["tags.`brstnet.state`", *columns],
+        "runsExpanded": {},
+        "runsPinned": [],
+        "runsHidden": [],
+        "compareRunCharts": [],
+        "compareRunSections": [],
+    }
+    client.set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{sweep}", json.dumps(view))
+
+
+def latest_sweep(client: MlflowClient, experiment_id: str) -> str:
+    """The name of the sweep that was started last.
+
+    Raises:
+        ValueError: there is none.
+    """
+    kind = "tags.`brstnet.kind` = 'sweep'"
+    newest = ["attributes.start_time DESC"]
+    runs = client.search_runs([experiment_id], kind, max_results=1, order_by=newest)
+    if not runs:
+        raise ValueError("no sweep was run here yet")
+    return str(runs[0].data.tags["brstnet.sweep"])
 
 
 def start_run(

@@ -20,12 +20,10 @@ PATIENCE_S = 180
 """MLflow's server was seen to take 18 to 43 s to answer on a busy machine."""
 
 
-def leaderboard_url(port: int, experiment_id: str) -> str:
-    """The address of the trials, sorted by score."""
-    wanted = quote("tags.`brstnet.kind` = 'trial'")
-    order = f"orderByKey={quote('metrics.`score`')}&orderByAsc=false"
+def leaderboard_url(port: int, experiment_id: str, sweep: str) -> str:
+    """The address of a sweep's view: its trials, best score first."""
     page = f"http://{HOST}:{port}/#/experiments/{experiment_id}/runs"
-    return f"{page}?searchFilter={wanted}&{order}&workflowType=machine_learning"
+    return f"{page}?viewStateShareKey={quote(sweep)}&workflowType=machine_learning"
 
 
 def wait_until_healthy(port: int, server: subprocess.Popen) -> None:
@@ -45,17 +43,21 @@ def wait_until_healthy(port: int, server: subprocess.Popen) -> None:
     raise OSError(f"MLflow's server on port {port} did not start; is the port taken? Try --port")
 
 
-def serve(runs: Path, port: int) -> None:
+def serve(runs: Path, port: int, sweep: str | None) -> None:
     """Serve until Ctrl-C.
 
     Raises:
         FileNotFoundError: no sweep was run here.
+        ValueError: likewise.
         OSError: the server does not start.
     """
     if not (runs / tracking.LOCAL_FILE).is_file():
         raise FileNotFoundError(f"{runs / tracking.LOCAL_FILE}: no sweep was run here")
     uri = tracking.local_uri(runs)
-    url = leaderboard_url(port, tracking.experiment(tracking.connect(uri), runs, uri))
+    client = tracking.connect(uri)
+    experiment_id = tracking.experiment(client, runs, uri)
+    name = sweep or tracking.latest_sweep(client, experiment_id)
+    url = leaderboard_url(port, experiment_id, name)
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port)]
     command += ["--workers", "1", "--backend-store-uri", uri]
     env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # ten processes for LLMs
@@ -74,12 +76,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     parser = Parser(prog="sweeps/ui.py", description="MLflow's UI, at the sweeps' leaderboard.")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="the sweeps' folder")
+    parser.add_argument("--sweep", help="which to open at; default: the last that was started")
     parser.add_argument("--port", type=int, default=5000)
     options = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
     try:
-        serve(options.runs, options.port)
-    except OSError as error:
+        serve(options.runs, options.port, options.sweep)
+    except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     except KeyboardInterrupt:

@@ -690,6 +690,17 @@ def test_the_validation_table_has_a_row_per_gene_and_a_column_per_section(traine
         assert table[section].tolist() == [raw[gene, section] for gene in table["gene"]]
 
 
+def test_a_gene_without_any_correlation_keeps_its_row(trained: Path, tmp_path: Path) -> None:
+    raw = pd.read_parquet(trained / "fold_0" / "last" / "validation.parquet")
+    silent = raw["gene"].iloc[0]
+    raw.loc[raw["gene"] == silent, "pcc"] = np.nan
+    raw.to_parquet(tmp_path / "validation.parquet")
+    table = validation.gene_table(tmp_path)
+    assert len(table) == PANEL
+    assert table["gene"].iloc[-1] == silent
+    assert np.isnan(table["mean"].iloc[-1])
+
+
 def test_the_stored_validation_scores_are_those_of_the_stored_model(
     trained: Path, demo_store: Store
 ) -> None:

@@ -102,6 +102,9 @@ def test_a_sweep_ends_in_a_registered_champion_that_is_judged(
         str(n): outcomes[n]["state"] for n in range(4)
     }
     assert sweep.info.status == "FINISHED"
+    experiment = client.get_experiment_by_name("brstnet")
+    view = json.loads(experiment.tags["mlflow.sharedViewState.whole"])  # what `make ui` opens at
+    assert "params.`learning_rate`" in view["selectedColumns"]
     best = max(
         (t for t in trials if "score" in t.data.metrics), key=lambda t: t.data.metrics["score"]
     )

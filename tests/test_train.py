@@ -559,6 +559,7 @@ def went_on(
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", RESUMED)
 def test_stopped_and_gone_on_from_in_a_fresh_process_gives_the_same_bits(
     demo_store: Store,
@@ -607,6 +608,7 @@ def test_dropout_was_at_work_in_those_runs(
         assert torch.equal(*outputs) != differ
 
 
+@pytest.mark.slow
 def test_the_schedules_were_at_work_in_those_runs(went_on: Path) -> None:
     for backbone in ("test_resnet", "test_vit"):
         progress = json.loads((went_on / backbone / "last" / "progress.json").read_text())
@@ -659,7 +661,10 @@ def test_momentum_comes_back_in_the_layout_of_its_parameter(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("backbone", ["test_resnet", "test_vit", "efficientnet_b0"])
+@pytest.mark.parametrize(
+    "backbone",
+    ["test_resnet", "test_vit", pytest.param("efficientnet_b0", marks=pytest.mark.slow)],
+)
 def test_a_fit_in_bfloat16_on_the_gpu_agrees_with_float32_on_the_cpu(
     demo_store: Store, settings: Settings, tmp_path: Path, backbone: str
 ) -> None:

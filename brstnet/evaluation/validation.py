@@ -17,7 +17,7 @@ from brstnet.launch import pick_device
 def gene_table(checkpoint: Path) -> pd.DataFrame:
     """The panel's correlations of a checkpoint: a row per gene, a column per validation section."""
     table = pd.read_parquet(checkpoint / "validation.parquet")
-    wide = table.pivot_table(index=["gene", "symbol"], columns="section", values="pcc")
+    wide = table.pivot(index=["gene", "symbol"], columns="section", values="pcc")
     wide = wide.assign(mean=wide.mean(axis=1)).rename_axis(columns=None)
     return wide.sort_values("mean", ascending=False).reset_index()
 
