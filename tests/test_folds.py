@@ -325,7 +325,8 @@ def test_an_honest_fold_passes_and_the_report_says_what_was_checked(
     demo_store: Store, fold: Fold, fitted: Fitted, settings: Settings
 ) -> None:
     report = leak_gate(demo_store, fold, fitted, settings.protocol)
-    assert set(report["checks"]) == {"groups", "held_out", "statistics", "panel", "stain_target"}
+    checks = {"groups", "held_out", "statistics", "panel", "targets", "stain_target"}
+    assert set(report["checks"]) == checks
     assert all(check["ok"] for check in report["checks"].values())
     assert report["checks"]["groups"]["why"] == "no patient on both sides"
     assert report["train"] == list(fold.train)
@@ -383,6 +384,28 @@ def test_a_panel_with_the_means_of_other_data_is_a_leak(
     leaked = fit_statistics(demo_store, everyone, settings)
     planted = dataclasses.replace(leaked, sections=fold.train)  # it lies about where it is from
     gate_fails("panel: ", demo_store, fold, planted, settings.protocol)
+
+
+def test_targets_scaled_by_other_data_are_a_leak(
+    demo_store: Store, fold: Fold, fitted: Fitted, settings: Settings
+) -> None:
+    genes = fitted.genes.assign(std=fitted.genes["std"] * 1.01)
+    for planted in (
+        dataclasses.replace(fitted, median_total=fitted.median_total + 1),
+        dataclasses.replace(fitted, genes=genes),
+    ):
+        with pytest.raises(LeakError, match="targets are not the training spots"):
+            leak_gate(demo_store, fold, planted, settings.protocol)
+
+
+def test_a_panel_of_other_genes_is_a_leak(
+    demo_store: Store, fold: Fold, fitted: Fitted, settings: Settings
+) -> None:
+    swapped = fitted.genes.copy()
+    swapped.iloc[[0, -1], swapped.columns.get_loc("panel")] = [False, True]
+    with pytest.raises(LeakError, match="the panel is not the training spots' top"):
+        planted = dataclasses.replace(fitted, genes=swapped)
+        leak_gate(demo_store, fold, planted, settings.protocol)
 
 
 def test_a_stain_target_of_a_held_out_patient_is_a_leak(

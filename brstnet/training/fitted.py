@@ -103,7 +103,7 @@ def fit_statistics(store: Store, fold: Fold, settings: Settings) -> Fitted:
             f"most {protocol.max_white_fraction}: raise protocol.max_white_fraction"
         )
     counts, totals = store.counts(fold.train)[rows], spots["total_counts"].to_numpy(float)[rows]
-    columns = _ranked_genes(counts, protocol)
+    columns = ranked_genes(counts, protocol)
     _check_enough(store, columns, settings)
     if not settings.training.auxnet:
         columns = columns[: settings.training.genes]
@@ -133,7 +133,7 @@ def fit_statistics(store: Store, fold: Fold, settings: Settings) -> Fitted:
     )
 
 
-def _ranked_genes(counts: sparse.csr_matrix, protocol: Protocol) -> np.ndarray:
+def ranked_genes(counts: sparse.csr_matrix, protocol: Protocol) -> np.ndarray:
     """Columns of the genes that pass the filter, by falling mean count, ties in store order.
 
     Genes that never change on the training spots cannot be standardised, nor learned: they go too.

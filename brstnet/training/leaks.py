@@ -10,7 +10,7 @@ import numpy as np
 
 from brstnet.config import Protocol
 from brstnet.data.store import Store
-from brstnet.training.fitted import Fitted, column_mean, training_rows
+from brstnet.training.fitted import Fitted, column_mean, ranked_genes, training_rows
 from brstnet.training.folds import Fold
 
 
@@ -29,6 +29,7 @@ def leak_gate(store: Store, fold: Fold, fitted: Fitted, protocol: Protocol) -> d
         "held_out": _check_held_out(store, fold, protocol),
         "statistics": _check_statistics(fold, fitted),
         "panel": _check_panel(store, fold, fitted, protocol),
+        "targets": _check_targets(store, fold, fitted, protocol),
         "stain_target": _check_stain_target(store, fold, protocol),
     }
     failures = [f"{name}: {check['why']}" for name, check in checks.items() if not check["ok"]]
@@ -82,15 +83,38 @@ def _check_statistics(fold: Fold, fitted: Fitted) -> dict[str, Any]:
 
 
 def _check_panel(store: Store, fold: Fold, fitted: Fitted, protocol: Protocol) -> dict[str, Any]:
-    """The panel's means, computed again from the raw counts of the training sections alone."""
+    """Which genes are in the panel, and their means, from the raw training counts alone."""
+    counts = store.counts(fold.train)[training_rows(store.spots(fold.train), protocol)]
+    panel = fitted.genes[fitted.genes["panel"]]
+    expected = store.genes.index[ranked_genes(counts, protocol)[: protocol.panel_size]]
+    if list(panel.index) != list(expected):
+        other = sorted(set(panel.index) - set(expected))[:3]
+        return _failed(f"the panel is not the training spots' top {len(expected)} genes: {other}")
+    mean = column_mean(counts[:, store.genes.index.get_indexer(panel.index)])
+    if not np.allclose(mean, panel["mean_count"], rtol=1e-9):
+        return _failed(f"mean counts of the {len(panel)} genes are not the training spots'")
+    return _passed(f"the {len(panel)} genes and their mean counts are those of the training spots")
+
+
+def _check_targets(store: Store, fold: Fold, fitted: Fitted, protocol: Protocol) -> dict[str, Any]:
+    """Median total, mean and deviation of the panel's targets, from dense training counts."""
     rows = training_rows(store.spots(fold.train), protocol)
+    totals = store.spots(fold.train)["total_counts"].to_numpy(float)[rows]
     panel = fitted.genes[fitted.genes["panel"]]
     columns = store.genes.index.get_indexer(panel.index)
-    mean = column_mean(store.counts(fold.train)[rows])[columns]
-    same = bool(np.allclose(mean, panel["mean_count"], rtol=1e-9))
-    if not same:
-        return _failed(f"mean counts of the {len(panel)} genes are not the training spots'")
-    return _passed(f"mean counts of the {len(panel)} genes are those of the training spots")
+    counts = store.counts(fold.train)[rows][:, columns].toarray()
+    scale = np.median(totals) / totals if protocol.target == "log_normalised" else 1 + 0 * totals
+    units = np.log1p(counts * scale[:, None])
+    same = np.allclose(units.mean(axis=0), panel["mean"]) and np.allclose(
+        units.std(0), panel["std"]
+    )
+    if not same or fitted.median_total != np.median(totals):
+        return _failed(
+            "median total, means or deviations of the targets are not the training spots'"
+        )
+    return _passed(
+        f"median total, means and deviations are those of {int(rows.sum())} training spots"
+    )
 
 
 def _check_stain_target(store: Store, fold: Fold, protocol: Protocol) -> dict[str, Any]:

@@ -205,6 +205,11 @@ def prepare_task(store: Store, settings: Settings, number: int, device: torch.de
         ValueError: the fold is empty, the batch does not divide over the workers, there is a leak.
     """
     here = distributed.world()
+    if (settings.training.input_px or 0) > store.input_px:
+        raise ValueError(
+            f"training.input_px ({settings.training.input_px}) is above the store's patches "
+            f"({store.input_px} px), which hold no more detail: prepare the store with a larger one"
+        )
     if settings.training.batch_size % here.size:
         raise ValueError(
             f"training.batch_size ({settings.training.batch_size}) is the batch of all workers "
