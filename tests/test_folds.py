@@ -403,8 +403,8 @@ def test_a_panel_of_other_genes_is_a_leak(
 ) -> None:
     swapped = fitted.genes.copy()
     swapped.iloc[[0, -1], swapped.columns.get_loc("panel")] = [False, True]
+    planted = dataclasses.replace(fitted, genes=swapped)
     with pytest.raises(LeakError, match="the panel is not the training spots' top"):
-        planted = dataclasses.replace(fitted, genes=swapped)
         leak_gate(demo_store, fold, planted, settings.protocol)
 
 
