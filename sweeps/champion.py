@@ -61,10 +61,10 @@ def crown(client: MlflowClient, job: Job, outcomes: Sequence[dict[str, Any]]) ->
     if best["state"] != "COMPLETE":
         reasons = {o["reason"] or o["state"] for o in outcomes}
         raise ValueError(f"{job.out}: no trial completed all folds: {'; '.join(reasons)}")
-    folder = gather(job, best)
     note = job.out / "champion.json"
     if note.is_file() and json.loads(note.read_text())["trial"] == best["trial"]:
         return str(json.loads(note.read_text())["version"])
+    folder = gather(job, best)
     run_id = tracking.read_runs(Path(best["folder"]))["trial"]
     facts = {
         "brstnet.sweep": job.sweep.name,

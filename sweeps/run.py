@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,6 @@ def sweep(plan: Sweep, options: Namespace) -> int:
     uri = options.tracking_uri or tracking.local_uri(options.out)
     client = tracking.connect(uri)
     experiment_id = tracking.experiment(client, options.out, uri)
-    start_ray(plan, options.address)
-    gpus = gpus_per_worker(plan, ray.cluster_resources())
-    concurrent = slots(plan, ray.cluster_resources(), gpus)
     job = Job(
         sweep=plan,
         store=store.path.resolve(),
@@ -81,11 +79,25 @@ def sweep(plan: Sweep, options: Namespace) -> int:
         tracking_uri=uri,
         experiment_id=experiment_id,
         sweep_run=sweep_run(client, experiment_id, plan, store, folder),
-        gpus_per_worker=gpus,
+        gpus_per_worker=plan.gpus_per_worker or 0.0,
     )
+    if len(read_outcomes(job.out)) < plan.count:
+        launch(job, options)
+    return conclude(job)
+
+
+def launch(job: Job, options: Namespace) -> None:
+    """Train what has not ended yet, until it has or somebody stops it.
+
+    Raises:
+        ValueError: the cluster cannot train even one trial.
+    """
+    start_ray(job.sweep, options.address)
+    resources = ray.cluster_resources()
+    job = replace(job, gpus_per_worker=gpus_per_worker(job.sweep, resources))
+    concurrent = slots(job.sweep, resources, job.gpus_per_worker)
     signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
     make_tuner(job, options.out, concurrent).fit()
-    return conclude(job)
 
 
 def claim_folder(plan: Sweep, store: Store, out: Path) -> Path:

@@ -137,6 +137,7 @@ def test_a_sweep_ends_in_a_registered_champion_that_is_judged(
     finish(start("dashboards/leaderboard.py", "--runs", out, "--sweep", "whole", "--out", page), 0)
     assert "held out BC90006" in page.read_text()
 
+    assert "champion: models:/brstnet@champion (version 1)" in finish(start(*command), 0)
     changed = finish(start(*command, "--trials", "5"), 2)
     assert "a sweep of this name has other settings" in changed
 
