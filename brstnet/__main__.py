@@ -133,6 +133,7 @@ def _evaluate_options(parser: Parser) -> None:
 def _evaluate(args: Namespace) -> None:
     from brstnet.data.store import Store
     from brstnet.evaluation.evaluate import evaluate
+    from brstnet.evaluation.tables import describe_summary
 
     result = evaluate(
         args.checkpoints,
@@ -144,40 +145,6 @@ def _evaluate(args: Namespace) -> None:
     )
     _say(describe_summary(result.summary))
     _say(f"written to {args.out}")
-
-
-def describe_summary(summary: Mapping[str, Any]) -> str:
-    """The scores of an evaluation in a few lines, the controls beside them."""
-    lines = [summary["protocol"]]
-    row = "  {:<18} {:>10} {:>12} {:>6} {:>6} {:>6} {:>6}"
-    names = ("", "median PCC", "given total", "> 0", "> 0.1", "> 0.3", "> 0.5")
-    lines.append(row.format(*names))
-    kinds = (
-        ("model", "", ""),
-        ("colour ridge", "_colour_ridge", ""),
-        ("total count only", "_depth_only", "-"),
-    )
-    for name, end, partial in kinds:
-        key = f"median_pcc{end}"
-        if key in summary:
-            given = partial or f"{summary[f'median_partial_pcc{end}']:.3f}"
-            start = f"{end.removeprefix('_')}_" if end else ""
-            above = [summary[f"{start}genes_above_{t}"] for t in ("0", "0.1", "0.3", "0.5")]
-            lines.append(row.format(name, f"{summary[key]:.3f}", given, *above))
-    lines.append(
-        f"  {summary['genes']} genes; aMAE {summary['aMAE']:.3f}, aRMSE {summary['aRMSE']:.3f} "
-        "(training standard deviations)"
-    )
-    for group, found in summary.get("groups", {}).items():
-        share = (
-            f", {100 * found['share_of_ceiling']:.0f} % of the ceiling {found['ceiling']:.3f}"
-            if "ceiling" in found
-            else ""
-        )
-        lines.append(
-            f"  {group}: {found['genes']} genes, median PCC {found['median_pcc']:.3f}{share}"
-        )
-    return "\n".join(lines)
 
 
 def _demo_options(parser: Parser) -> None:
@@ -218,7 +185,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}{notes}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("\nstopped; the same command goes on from the last checkpoint\n")
+        again = {"train": "epoch", "prepare": "section"}.get(command)
+        goes_on = f"; the same command goes on at the {again} it was at" if again else ""
+        sys.stderr.write(f"\nstopped{goes_on}\n")
         return 130
     return 0
 

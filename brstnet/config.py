@@ -143,7 +143,7 @@ class Training:
         min_learning_rate: no schedule goes below this.
         cosine_period: cosine: epochs from highest to lowest (code: 5); null means all epochs.
         stopping: `early` ends after `patience` epochs without a lower validation loss (paper),
-            `fixed` runs all epochs (code).
+            `fixed` runs all epochs.
         patience: early: in epochs (paper preset: 20).
         input_px: patches are shrunk to this side on the device; null keeps the store's.
         precision: auto takes what was measured to be fastest for device and backbone.

@@ -31,6 +31,7 @@ MEDIANS = {
     "median_pcc_colour_ridge": "control: colour ridge",
     "median_pcc_depth_only": "control: depth only",
     "median_partial_pcc": "model, partial given depth",
+    "median_partial_pcc_colour_ridge": "control: colour ridge, partial given depth",
 }
 
 
@@ -55,8 +56,10 @@ class Leaderboard:
 def leaderboard_info(client: MlflowClient, sweep: str) -> Leaderboard:
     """Read a sweep from MLflow; ValueError if there is none, or its runs break the structure."""
     run = _sweep_run(client, sweep)
-    trials = _trials(_runs(client, "trial", sweep), run.data.tags.get("brstnet.champion"))
-    evaluations = [_evaluation(each, trials) for each in _runs(client, "evaluation", sweep)]
+    own = [each for each in _runs(client, "trial", sweep) if _parent(each) == run.info.run_id]
+    trials = _trials(own, run.data.tags.get("brstnet.champion"))
+    judged = [r for r in _runs(client, "evaluation", sweep) if _parent(r) in set(trials["run_id"])]
+    evaluations = [_evaluation(each, trials) for each in judged]
     constants, varying = _split_settings(trials)
     return Leaderboard(
         sweep=sweep,
@@ -96,16 +99,18 @@ def _runs(client: MlflowClient, kind: str, sweep: str | None = None) -> list[Run
 
 
 def _sweep_run(client: MlflowClient, sweep: str) -> Run:
-    """The newest run of that sweep; ValueError if unknown, or if two protocols share the name."""
+    """The newest run of that sweep; ValueError if unknown."""
     runs = _runs(client, "sweep")
     named = [run for run in runs if run.data.tags.get("brstnet.sweep") == sweep]
     if not named:
         names = sorted({_tag(run, "brstnet.sweep") for run in runs})
         raise ValueError(f"sweep must be one of {', '.join(names) or '(none yet)'}; got {sweep!r}")
-    if len({_tag(run, "brstnet.protocol") for run in named}) > 1:
-        ids = ", ".join(run.info.run_id for run in named)
-        raise ValueError(f"sweep {sweep!r} must have one protocol, but its runs differ: {ids}")
     return named[-1]
+
+
+def _parent(run: Run) -> str | None:
+    """The run above this one: a sweep that was begun anew under its name keeps its trials apart."""
+    return run.data.tags.get("mlflow.parentRunId")
 
 
 def _tag(run: Run, key: str) -> str:

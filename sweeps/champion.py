@@ -63,7 +63,9 @@ def crown(client: MlflowClient, job: Job, outcomes: Sequence[dict[str, Any]]) ->
         raise ValueError(f"{job.out}: no trial completed all folds: {'; '.join(reasons)}")
     note = job.out / "champion.json"
     if note.is_file() and json.loads(note.read_text())["trial"] == best["trial"]:
-        return str(json.loads(note.read_text())["version"])
+        version = str(json.loads(note.read_text())["version"])
+        client.set_registered_model_alias(tracking.MODEL, tracking.ALIAS, version)
+        return version
     folder = gather(job, best)
     run_id = tracking.read_runs(Path(best["folder"]))["trial"]
     facts = {

@@ -12,10 +12,10 @@ from jsonargparse import Namespace
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 
-from brstnet.__main__ import describe_summary
 from brstnet.config import Parser
 from brstnet.data.store import Store
 from brstnet.evaluation.evaluate import Evaluation, evaluate
+from brstnet.evaluation.tables import describe_summary
 from brstnet.launch import pick_device
 from sweeps import tracking
 

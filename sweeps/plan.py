@@ -27,7 +27,7 @@ def describe(sweep: Sweep, store: Store | None) -> str:
     points = first_points(sweep)
     for number, point in enumerate(points[: sweep.count]):
         text = ", ".join(f"{name}={value}" for name, value in point.items()) or "the defaults"
-        paper = " (the paper's own)" if number == 0 else ""
+        paper = " (the paper's values of what is searched)" if number == 0 else ""
         lines.append(f"  trial {number:>3}: {text}{paper}")
     if sweep.count > len(points):
         lines.append(f"  trials {len(points)} to {sweep.count - 1}: drawn by {sweep.search}")

@@ -72,7 +72,7 @@ class SweepProgress(Callback):
         number = point.pop(NUMBER)
         folder = self.job.folder(number)
         folder.mkdir(parents=True, exist_ok=True)
-        scores = [result[k] for k in sorted(result) if k.startswith("score_fold_")]
+        scores = [result[f"score_fold_{n}"] for n in range(folds) if f"score_fold_{n}" in result]
         outcome = {
             "trial": number,
             "state": state,

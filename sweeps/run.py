@@ -3,6 +3,7 @@
 The same command again resumes a sweep that was stopped.
 """
 
+import fcntl
 import os
 import signal
 import sys
@@ -69,6 +70,11 @@ def sweep(plan: Sweep, options: Namespace) -> int:
     print(describe(plan, store))  # noqa: T201 - the command line's output
     check_folds(plan, store)
     folder = claim_folder(plan, store, options.out)
+    lock = (folder / "lock").open("w")  # held until this process ends
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"{folder}: another process is running this sweep") from error
     uri = options.tracking_uri or tracking.local_uri(options.out)
     client = tracking.connect(uri)
     experiment_id = tracking.experiment(client, options.out, uri)
@@ -95,9 +101,9 @@ def launch(job: Job, options: Namespace) -> None:
     start_ray(job.sweep, options.address)
     resources = ray.cluster_resources()
     job = replace(job, gpus_per_worker=gpus_per_worker(job.sweep, resources))
-    concurrent = slots(job.sweep, resources, job.gpus_per_worker)
+    concurrent = job.sweep.concurrent_trials or slots(job.sweep, resources, job.gpus_per_worker)
     signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
-    make_tuner(job, options.out, concurrent).fit()
+    make_tuner(job, concurrent).fit()
 
 
 def claim_folder(plan: Sweep, store: Store, out: Path) -> Path:
@@ -137,6 +143,7 @@ def start_ray(plan: Sweep, address: str | None) -> None:
         ray.init(address=address, **common)
         return
     ray.init(
+        address="local",
         include_dashboard=plan.workers_per_trial > 1,
         dashboard_host="127.0.0.1",
         object_store_memory=256 * 2**20,
@@ -172,8 +179,8 @@ def sweep_run(client: Any, experiment_id: str, plan: Sweep, store: Store, folder
     return run_id
 
 
-def make_tuner(job: Job, out: Path, concurrent: int) -> tune.Tuner:
-    """A Tuner for the sweep, restored if the sweep was stopped."""
+def make_tuner(job: Job, concurrent: int) -> tune.Tuner:
+    """A Tuner for the sweep, restored if the sweep was stopped; failed trials stay failed."""
     plan, path = job.sweep, job.out / "tune"
     resources = (
         {"CPU": plan.cpus_per_worker, "GPU": job.gpus_per_worker}
@@ -182,12 +189,12 @@ def make_tuner(job: Job, out: Path, concurrent: int) -> tune.Tuner:
     )
     trainable = tune.with_resources(tune.with_parameters(run_trial, job=job), resources)
     if tune.Tuner.can_restore(str(path)):
-        return tune.Tuner.restore(str(path), trainable, resume_unfinished=True, resume_errored=True)
+        return tune.Tuner.restore(str(path), trainable, resume_unfinished=True)
     return tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            search_alg=make_search(plan, out),
-            scheduler=make_scheduler(plan),
+            search_alg=make_search(plan, job.out),
+            scheduler=make_scheduler(plan, job.out),
             num_samples=plan.count,
             max_concurrent_trials=concurrent,
             reuse_actors=True,
@@ -235,6 +242,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped before the first trial; the same command starts again\n")
+        return 130
     finally:
         ray.shutdown()
 

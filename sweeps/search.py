@@ -1,5 +1,6 @@
 """The search: Optuna through Tune, with the truth told about trials that were stopped."""
 
+import json
 import math
 import warnings
 from collections.abc import Mapping
@@ -7,11 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
@@ -40,7 +43,7 @@ class SweepSearch(OptunaSearch):
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Tell Optuna the running mean after each fold."""
-        if math.isfinite(result["score"]):
+        if trial_id not in self._completed_trials and math.isfinite(result["score"]):
             self._ot_trials[trial_id].report(result["score"], result[COUNTER])
 
     def on_trial_complete(
@@ -61,12 +64,37 @@ class SweepSearch(OptunaSearch):
         self._ot_study.tell(trial, value, state=state)
 
 
-def make_search(sweep: Sweep, out: Path) -> SweepSearch:
-    """The searcher, its study in a database under `out`, the paper's setting as trial 0."""
+class FoldASHA(ASHAScheduler):
+    """ASHA over folds that knows the trials which ended before a restart: Tune saves no scheduler.
+
+    Without it, whether a trial is stopped would depend on when somebody pressed Ctrl-C.
+    """
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        super().__init__(time_attr=COUNTER, metric="score", mode="max", **options)
+        self._folder = folder
+        self._remembers = False
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        """Fill the rungs once, from what the ended trials left on disk."""
+        super().on_trial_add(tune_controller, trial)
+        if self._remembers:
+            return
+        self._remembers = True
+        for file in sorted((self._folder / "trials").glob("*/outcome.json")):
+            scores = json.loads(file.read_text())["scores"]
+            for milestone, recorded in self._brackets[0]._rungs:
+                if len(scores) >= milestone:
+                    recorded[file.parent.name] = float(np.mean(scores[: int(milestone)]))
+
+
+def make_search(sweep: Sweep, folder: Path) -> SweepSearch:
+    """The searcher, its study in a database in the sweep's folder, the paper's values first."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.simplefilter("ignore", ExperimentalWarning)  # TPE's `group`, chosen knowingly
     storage = RDBStorage(
-        f"sqlite:///{out / 'optuna.db'}", engine_kwargs={"connect_args": {"timeout": 60}}
+        f"sqlite:///{folder.resolve() / 'optuna.db'}",
+        engine_kwargs={"connect_args": {"timeout": 60}},
     )
     return SweepSearch(
         folds=sweep.protocol.folds,
@@ -80,18 +108,22 @@ def make_search(sweep: Sweep, out: Path) -> SweepSearch:
 
 def _sampler(sweep: Sweep) -> BaseSampler:
     if sweep.search == "tpe":
-        return TPESampler(multivariate=True, group=True, constant_liar=True, seed=sweep.seed)
+        return TPESampler(
+            n_startup_trials=min(10, max(2, sweep.count // 3)),  # Optuna's 10 may be all
+            multivariate=True,
+            group=True,
+            constant_liar=True,
+            seed=sweep.seed,
+        )
     return RandomSampler(seed=sweep.seed)  # a grid is all first points: nothing is drawn
 
 
-def make_scheduler(sweep: Sweep) -> TrialScheduler:
+def make_scheduler(sweep: Sweep, folder: Path) -> TrialScheduler:
     """ASHA over the folds of a trial, or none."""
     if sweep.pruning == "none":
         return FIFOScheduler()
-    return ASHAScheduler(
-        time_attr=COUNTER,
-        metric="score",
-        mode="max",
+    return FoldASHA(
+        folder,
         max_t=sweep.protocol.folds,
         grace_period=sweep.grace_folds,
         reduction_factor=sweep.reduction_factor,

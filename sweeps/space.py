@@ -3,18 +3,23 @@
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal
 
 import optuna
 
-from brstnet.config import Protocol, Settings, Training, build, plain, read_yaml
+from brstnet.config import Protocol, Settings, Training, build, plain
 from brstnet.training.model import timm_name
 
 NUMBER = "number"
 """Where a trial's configuration says which of the sweep's trials it is."""
 
-SEARCHABLE = tuple(f.name for f in fields(Training))
+UNFAIR = {
+    "stopping": "early stopping scores a fold by its best epoch, fixed by its last",
+    "seed": "the champion would be the luckiest seed",
+}
+"""Training settings that would make the scores of trials incomparable, and why."""
+
+SEARCHABLE = tuple(f.name for f in fields(Training) if f.name not in UNFAIR)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +40,8 @@ class Sweep:
         workers_per_trial: above 1, a trial is trained by a Ray Train worker group.
         cpus_per_worker: logical CPUs a worker takes, and its threads.
         gpus_per_worker: may be a fraction (small trials share a GPU); null takes 1 if there is one.
+        concurrent_trials: trials at once; null takes what fits the cluster as it is. An autoscaling
+            cluster that begins without a GPU needs it, and gpus_per_worker, to be told.
         seed: of the search.
     """
 
@@ -51,6 +58,7 @@ class Sweep:
     workers_per_trial: int = 1
     cpus_per_worker: int = 1
     gpus_per_worker: float | None = None
+    concurrent_trials: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -73,19 +81,6 @@ class Sweep:
         )
 
 
-def read_sweep(path: Path, overrides: Mapping[str, Any] | None = None) -> Sweep:
-    """A sweep from YAML; its name is the file's unless it says otherwise.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a setting is unknown or wrong.
-    """
-    values = read_yaml(path)
-    if isinstance(values, dict):
-        values = {"name": path.stem, **values, **(overrides or {})}
-    return build(Sweep, values, str(path))
-
-
 def check_space(sweep: Sweep) -> None:
     """Check that every point of the space makes settings that can be trained.
 
@@ -96,6 +91,7 @@ def check_space(sweep: Sweep) -> None:
     for name, values in sweep.space.items():
         if name not in SEARCHABLE:
             hint = " (it is protocol: the same for all trials)" if hasattr(Protocol, name) else ""
+            hint = f" ({UNFAIR[name]})" if name in UNFAIR else hint
             raise ValueError(
                 f"space.{name} cannot be searched{hint}; valid names: {', '.join(SEARCHABLE)}"
             )
@@ -114,6 +110,11 @@ def _check_numbers(sweep: Sweep) -> None:
     for name, least in lowest.items():
         if getattr(sweep, name) < least:
             raise ValueError(f"{name} must be at least {least}, got {getattr(sweep, name)}")
+    if sweep.grace_folds > sweep.protocol.folds:
+        raise ValueError(
+            f"grace_folds ({sweep.grace_folds}) must not exceed protocol.folds "
+            f"({sweep.protocol.folds})"
+        )
     if sweep.trials is None and sweep.search != "grid":
         raise ValueError(f"trials must be given for search: {sweep.search}")
     if sweep.trials is not None and sweep.trials < 1:

@@ -156,8 +156,8 @@ class TrialTracker:
 
     def trial(self, number: int, training: Training, store: Store, protocol: Protocol) -> str:
         """The trial's run, started on first use."""
+        self.tags["brstnet.protocol_line"] = protocol.line()
         tags = {**self.tags, "brstnet.trial": str(number), "brstnet.state": "RUNNING"}
-        tags["brstnet.protocol_line"] = protocol.line()
         run_id, new = self._run(
             "trial", f"trial {number} {training.backbone}", tags, self.sweep_run
         )

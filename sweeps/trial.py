@@ -106,7 +106,11 @@ def train_folds(number: int, point: dict[str, Any], job: Job, report: Report) ->
             if tracker is not None:
                 tracker.running(note)
             report(note)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, FileNotFoundError, torch.OutOfMemoryError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            if distributed.world().size > 1:
+                raise  # the others wait in a collective: the whole group must end
+            torch.cuda.empty_cache()  # the actor goes on with other trials
         note = running([*scores, float("nan")], seconds)
         report({**note, "folds_done": job.sweep.protocol.folds, "reason": str(error)})
 

@@ -23,7 +23,6 @@ from brstnet.config import Settings, plain
 from brstnet.data.store import Store
 from brstnet.evaluation import controls, plots, tables, validation
 from brstnet.evaluation.evaluate import Evaluation, evaluate, measured, scored_genes, standardise
-from brstnet.evaluation.export import to_anndata
 from brstnet.evaluation.predict import find_checkpoints, load_ensemble, predict, predict_mean
 from brstnet.training import checkpoint
 from brstnet.training.batches import load_spots, to_input
@@ -251,12 +250,12 @@ def test_every_file_is_written_and_says_its_protocol(judged: Judged, settings: S
     protocol = json.loads((judged.out / "protocol.json").read_text())
     assert protocol["protocol"] == plain(settings.protocol)
     assert protocol["patients"] == [HELD_OUT]
-    assert protocol["panel_genes_not_in_store"] == 0
+    assert protocol["panel_genes_not_scored"] == 0
     assert [model["fold"] for model in protocol["models"]] == [0, 1]
     assert protocol["same_stain_target"]
     assert "mean of 2 models" in protocol["line"]
     assert json.loads((judged.out / "summary.json").read_text())["protocol"] == protocol["line"]
-    assert judged.adata.uns["brstnet_protocol"] == protocol["line"]
+    assert json.loads(judged.adata.uns["brstnet_protocol"]) == protocol
 
 
 # Predictions -------------------------------------------------------------------------------------
@@ -394,7 +393,7 @@ def test_panel_genes_that_the_store_lacks_are_reported_and_the_rest_judged(
     lacking = list(judged.adata.var_names[[0, 7, 39]])
     store = without_genes(demo_store, tmp_path / "store", lacking)
     found = judge(trained, store, tmp_path / "out")
-    assert found.protocol["panel_genes_not_in_store"] == 3
+    assert found.protocol["panel_genes_not_scored"] == 3
     assert found.summary["genes"] == PANEL - 3
     assert "not available" in found.protocol["controls"]["colour_ridge"]
     assert "median_pcc_colour_ridge" not in found.summary
@@ -660,18 +659,6 @@ def test_exported_predictions_know_where_they_are_from(judged: Judged, demo_stor
     np.testing.assert_array_equal(adata.obsm["spatial"], spots[["pixel_x", "pixel_y"]])
     assert adata.obs["patient"].unique().tolist() == [HELD_OUT]
     assert list(adata.var) == ["symbol", "mean", "std"]
-
-
-def test_the_hash_of_the_protocol_tells_protocols_apart(demo_store: Store, judged: Judged) -> None:
-    adata = judged.adata
-    spots, genes = demo_store.spots([SECTION]), adata.var
-    hashes = {
-        to_anndata(adata.X, adata.X, spots, genes, {"line": "x", "folds": folds}).uns[
-            "brstnet_protocol_hash"
-        ]
-        for folds in (2, 2, 5)
-    }
-    assert len(hashes) == 2
 
 
 # A fold on its own validation --------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """The sweep's settings and space, the plan, and what Optuna is told: without a cluster."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -11,10 +13,14 @@ from brstnet.config import Protocol, Training
 from brstnet.data.store import Store
 from sweeps import run
 from sweeps.plan import check_folds, describe, slots
-from sweeps.search import make_search, state_of
-from sweeps.space import NUMBER, Sweep, first_points, read_sweep, suggest
+from sweeps.search import make_scheduler, make_search, state_of
+from sweeps.space import NUMBER, Sweep, first_points, suggest
 
 SWEEPS = Path(__file__).parents[1] / "sweeps"
+
+
+def read_sweep(path: Path) -> Sweep:
+    return run.parse([str(path)])[0]
 
 
 def sweep(**changes: Any) -> Sweep:
@@ -58,6 +64,9 @@ def test_paper_grid_is_twenty_configurations_on_five_folds(capsys: pytest.Captur
         ({"trials": None}, "trials must be given"),
         ({"search": "grid"}, "a grid needs a list"),
         ({"name": "a/b"}, "usable as a folder"),
+        ({"space": {"stopping": ["early", "fixed"]}}, "best epoch"),
+        ({"space": {"seed": [0, 1]}}, "luckiest seed"),
+        ({"grace_folds": 6}, "must not exceed protocol.folds"),
         ({"reduction_factor": 1}, "reduction_factor must be at least 2"),
     ],
 )
@@ -117,6 +126,20 @@ def test_stopped_trials_are_told_as_pruned_with_their_last_value(tmp_path: Path)
     assert study.trials[0].value == 0.2
     assert study.trials[0].intermediate_values == {1: 0.3, 3: 0.2}
     assert study.trials[1].intermediate_values == {2: 0.1}
+
+
+def test_asha_remembers_the_trials_that_ended_before_a_restart(tmp_path: Path) -> None:
+    for number, scores in enumerate(([0.2, 0.4, 0.6], [0.1])):
+        folder = tmp_path / "trials" / f"{number:04d}"
+        folder.mkdir(parents=True)
+        (folder / "outcome.json").write_text(json.dumps({"scores": scores}))
+    scheduler = make_scheduler(sweep(protocol=Protocol(folds=3)), tmp_path)
+    new = SimpleNamespace(trial_id="new", status="RUNNING", trainable_name="t")
+    scheduler.on_trial_add(None, new)
+    rungs = {milestone: dict(recorded) for milestone, recorded in scheduler._brackets[0]._rungs}
+    assert rungs == {2: {"0000": pytest.approx(0.3)}, 1: {"0000": 0.2, "0001": 0.1}}
+    poor = {"score": 0.05, "folds_done": 1, "training_iteration": 1}
+    assert scheduler.on_trial_result(None, new, poor) == scheduler.STOP
 
 
 def test_state_of_a_trial() -> None:

@@ -121,7 +121,7 @@ def test_a_sweep_ends_in_a_registered_champion_that_is_judged(
     version = client.get_model_version_by_alias("brstnet", "champion")
     assert version.run_id == best.info.run_id == sweep.data.tags["brstnet.champion"]
 
-    study = optuna.load_study(study_name="whole", storage=f"sqlite:///{out / 'optuna.db'}")
+    study = optuna.load_study(study_name="whole", storage=f"sqlite:///{out}/whole/optuna.db")
     assert Counter(t.state.name for t in study.trials) == {"COMPLETE": 3, "FAIL": 1}
 
     judged = tmp_path / "judged"
@@ -170,7 +170,7 @@ def test_a_stopped_sweep_resumes_where_it_was(demo_store: Store, tmp_path: Path)
         for fold in folds:
             history = client.get_metric_history(fold.info.run_id, "train_loss")
             assert sorted({m.step for m in history}) == list(range(6))
-    study = optuna.load_study(study_name="stopped", storage=f"sqlite:///{out / 'optuna.db'}")
+    study = optuna.load_study(study_name="stopped", storage=f"sqlite:///{out}/stopped/optuna.db")
     assert Counter(t.state.name for t in study.trials) == {"COMPLETE": 2, "FAIL": 1}
 
 

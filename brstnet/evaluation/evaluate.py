@@ -1,6 +1,7 @@
 """Judge models on held-out patients, with the controls beside every score."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,7 @@ def evaluate(
     adata = to_anndata(pred_NG, true_NG, spots, genes, protocol)
     out.mkdir(parents=True, exist_ok=True)
     adata.write_h5ad(out / "predictions.h5ad")
+    shutil.rmtree(out / "figures", ignore_errors=True)  # of an earlier evaluation, maybe of others
     plots.draw_all(table, adata, protocol["line"], out / "figures")
     result = Evaluation(scores=scores, genes=table, summary=summary, protocol=protocol)
     _write(result, out)
@@ -214,16 +216,17 @@ def describe_protocol(
     first = ensemble.members[0]
     patients = sorted({store.sections[name]["patient"] for name in sections})
     trained = first.facts["store"]
-    missing = int(ensemble.genes["panel"].sum()) - len(genes)
+    panel = first.settings.protocol.panel_size
+    fewer = f"; scored on {len(genes)} of the panel's genes" if len(genes) < panel else ""
     return {
         "line": f"judged on {', '.join(patients)} ({len(sections)} sections); "
-        f"mean of {len(ensemble.members)} models; {first.settings.protocol.line()}",
+        f"mean of {len(ensemble.members)} models; {first.settings.protocol.line()}{fewer}",
         "protocol": plain(first.settings.protocol),
         "patients": patients,
         "sections": list(sections),
         "spots": {name: store.sections[name]["spots_kept"] for name in sections},
         "genes": len(genes),
-        "panel_genes_not_in_store": missing,
+        "panel_genes_not_scored": panel - len(genes),
         "models": [
             {
                 "settings": m.settings.fingerprint(),

@@ -1,12 +1,11 @@
 """Predictions in the formats that other tools read."""
 
+import json
 from typing import Any
 
 import anndata
 import numpy as np
 import pandas as pd
-
-from brstnet.config import fingerprint
 
 
 def to_anndata(
@@ -19,7 +18,7 @@ def to_anndata(
     """Predictions as X and measurements as a layer, both in standardised log units.
 
     `obs` holds section, patient, position and total count; `obsm["spatial"]` slide pixels; `uns`
-    the protocol.
+    the protocol, as JSON.
     """
     obs = spots.copy()
     obs.index = pd.Index(spots["section"].astype(str) + "_" + spots["spot"].astype(str))
@@ -29,5 +28,5 @@ def to_anndata(
         obs=obs,
         var=genes[["symbol", "mean", "std"]],
         obsm={"spatial": spots[["pixel_x", "pixel_y"]].to_numpy(float)},
-        uns={"brstnet_protocol": protocol["line"], "brstnet_protocol_hash": fingerprint(protocol)},
+        uns={"brstnet_protocol_line": protocol["line"], "brstnet_protocol": json.dumps(protocol)},
     )

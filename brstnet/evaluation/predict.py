@@ -41,16 +41,19 @@ def find_checkpoints(path: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: there is none.
+        ValueError: a fold is not finished, so that no checkpoint stands for it yet.
     """
     if (path / "checkpoint.json").is_file():
         return [path]
     if (done := finished(path)) is not None:
         return [done.folder]
+    if (path / "last").is_dir():
+        raise ValueError(f"{path}: this fold is not finished: train on, or name its best/ or last/")
     below = sorted(p for p in path.iterdir() if p.is_dir()) if path.is_dir() else []
     found = [
         c
         for p in below
-        if any((p / f).is_file() for f in ("checkpoint.json", "result.json"))
+        if any((p / f).exists() for f in ("checkpoint.json", "result.json", "last"))
         for c in find_checkpoints(p)
     ]
     if not found:

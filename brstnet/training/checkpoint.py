@@ -46,11 +46,6 @@ class Checkpoint:
     fitted: Fitted
     facts: dict[str, Any]
 
-    @property
-    def input_px(self) -> int:
-        """Side of the stored patches that the model was trained on."""
-        return int(self.facts["store"]["prepare"]["input_px"])
-
 
 def describe(
     settings: Settings, fold: Fold, fitted: Fitted, store: Store, leak_report: Mapping[str, Any]

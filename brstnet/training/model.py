@@ -42,6 +42,10 @@ class BrSTNet(nn.Module):
     def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
         """Standardised targets of the main genes (B, G) and the auxiliary ones (B, A) or None."""
         feature = self.backbone(x_BCHW)
+        with torch.autocast(x_BCHW.device.type, enabled=False):  # predictions in full precision
+            return self._heads(feature.float())
+
+    def _heads(self, feature: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.main(feature), None if self.aux is None else self.aux(feature)
 
 
