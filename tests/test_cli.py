@@ -273,7 +273,11 @@ def test_stopping_by_hand_returns_130(
     monkeypatch.setattr(cli, "make_demo", stop)
     said = say("demo-data", tmp_path / "raw")
     assert said.code == 130
-    assert "the same command goes on" in said.err
+    assert said.err.endswith("stopped\n")  # nothing is kept, so nothing is promised
+    monkeypatch.setattr("brstnet.data.prepare.prepare", stop)
+    said = say("prepare", tmp_path, tmp_path / "store")
+    assert said.code == 130
+    assert said.err.endswith("the same command goes on at the section it was at\n")
 
 
 def test_our_own_mistakes_are_not_dressed_up(
