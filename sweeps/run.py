@@ -102,6 +102,7 @@ def launch(job: Job, options: Namespace) -> None:
     resources = ray.cluster_resources()
     job = replace(job, gpus_per_worker=gpus_per_worker(job.sweep, resources))
     concurrent = job.sweep.concurrent_trials or slots(job.sweep, resources, job.gpus_per_worker)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a script's background job
     signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
     make_tuner(job, concurrent).fit()
 

@@ -79,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sweep", help="which to open at; default: the last that was started")
     parser.add_argument("--port", type=int, default=5000)
     options = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    for number in (signal.SIGINT, signal.SIGTERM):  # a script's background job ignores Ctrl-C
+        signal.signal(number, signal.default_int_handler)
     try:
         serve(options.runs, options.port, options.sweep)
     except (ValueError, OSError) as error:
