@@ -1,10 +1,11 @@
 """Command line: prepare, info, train, evaluate, demo-data."""
 
 import json
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from jsonargparse import ActionConfigFile, Namespace
 from tqdm import tqdm
@@ -101,24 +102,71 @@ def _train_options(parser: Parser) -> None:
 
 def _train(args: Namespace) -> None:
     from brstnet.data.store import Store
+    from brstnet.training import distributed
     from brstnet.training.train import fit
 
     settings = Settings(protocol=args.protocol, training=args.training)
     out = args.out / settings.fingerprint() / f"fold_{args.fold}"
-    with tqdm(total=settings.training.epochs, desc=f"fold {args.fold}", unit="epoch") as bar:
+    device = distributed.join(pick_device(args.device))
+    leads = distributed.world().leads
+    with (
+        Stopper() as stop,
+        tqdm(desc=f"fold {args.fold}", unit=" patches", disable=not leads) as bar,
+    ):
 
-        def show(note: Mapping[str, float]) -> None:
-            bar.update(int(note["epoch"]) + 1 - bar.n)
+        def on_step(patches: int) -> None:
+            bar.update(patches - bar.n)
+            stop.if_asked()
+
+        def on_epoch(note: Mapping[str, float]) -> None:
+            bar.total = bar.n * settings.training.epochs // (int(note["epoch"]) + 1)
             bar.set_postfix_str(
                 f"loss {note['train_loss']:.3f}, validation {note['validation_loss']:.3f}, "
-                f"score {note['score']:.3f}, {note['patches_per_second']:.0f} patches/s"
+                f"score {note['score']:.3f}, {note['step_share']:.0%} of the time in steps, "
+                f"{note['memory_gb']:.1f} GB"
             )
 
-        device = pick_device(args.device)
-        result = fit(Store(args.store), settings, args.fold, out, device=device, on_epoch=show)
-    _say(f"{settings.protocol.line()}")
-    _say(f"score {result.score:.4f} on the validation sections (epoch {result.epoch})")
-    _say(f"checkpoint {result.folder}")
+        store = Store(args.store)
+        result = fit(
+            store, settings, args.fold, out, device=device, on_epoch=on_epoch, on_step=on_step
+        )
+    distributed.leave()
+    if leads:
+        _say(f"{settings.protocol.line()}")
+        _say(f"score {result.score:.4f} on the validation sections (epoch {result.epoch})")
+        _say(f"checkpoint {result.folder}")
+
+
+class Stopper:
+    """Ctrl-C and SIGTERM ask for a stop at the next step, where nothing is lost.
+
+    A second Ctrl-C stops at once.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> Self:
+        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def if_asked(self) -> None:
+        """Stop here if it was asked for.
+
+        Raises:
+            KeyboardInterrupt: it was.
+        """
+        if self.asked:
+            raise KeyboardInterrupt
 
 
 def _evaluate_options(parser: Parser) -> None:
@@ -185,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}{notes}\n")
         return 2
     except KeyboardInterrupt:
-        again = {"train": "epoch", "prepare": "section"}.get(command)
+        again = {"train": "step", "prepare": "section"}.get(command)
         goes_on = f"; the same command goes on at the {again} it was at" if again else ""
         sys.stderr.write(f"\nstopped{goes_on}\n")
         return 130

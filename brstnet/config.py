@@ -35,7 +35,7 @@ def _check_values(settings: Any) -> None:
         value = getattr(settings, field.name)
         optional = "None" in str(field.type)
         _must(optional or value is not None, f"{field.name} must have a value", value)
-        if field.type is float:
+        if field.type in (float, float | None) and value is not None:
             _must(math.isfinite(value), f"{field.name} must be a finite number", value)
             object.__setattr__(settings, field.name, float(value))
 
@@ -125,17 +125,32 @@ class Training:
     """How one model is trained: what a sweep may search. Defaults are the paper's.
 
     Args:
-        backbone: one of the paper's ten (brstnet.training.model.PAPER_BACKBONES) or a timm name.
-        weights: null trains from scratch (paper), `timm` loads timm's weights by name, anything
-            else is a local .safetensors or .pth file.
+        backbone: one of the paper's ten (brstnet.training.model.PAPER_BACKBONES), a timm name, or
+            an encoder that brings its own configuration: `hf-hub:OWNER/NAME`, `local-dir:FOLDER`.
+        weights: null trains from scratch (paper), `timm` loads the weights that belong to the
+            backbone's name, anything else is a local .safetensors or .pth file.
+        frozen: the backbone's weights stay as they are; its features are computed once for each
+            section and symmetry, and kept beside the store.
+        image_statistics: colours are standardised by the training patches' mean and deviation
+            (paper), or by those that the backbone's weights were trained with.
         genes: genes of the main head, those with the highest mean count (paper: 250).
         auxnet: predict all other genes by a second linear head (AuxNet).
         aux_weight: lambda in loss = main + lambda * auxiliary (paper: 40, code: 1).
         aux_target: auxiliary targets standardised per gene, or log1p only (code).
-        learning_rate: of SGD (paper: 0.001).
+        dropout: share of the pooled feature that is dropped in training.
+        drop_path: stochastic depth, the share at the deepest block (where the backbone has it).
+        optimizer: SGD (paper), or AdamW, which leaves biases and norms undecayed.
+        learning_rate: the highest (paper: 0.001).
+        backbone_learning_rate: of the backbone alone; null takes `learning_rate`.
         momentum: of SGD (code: 0.9).
-        weight_decay: of SGD (code: 1e-6).
+        weight_decay: of SGD (code: 1e-6) or AdamW.
+        warmup_epochs: the rate climbs from 0 over so many epochs, step by step.
+        ema_decay: validate and keep a moving average of the weights with this decay (it begins
+            lower: after t steps at most 1 - (1 + t)^(-2/3)); 0 keeps the weights themselves.
         batch_size: over all workers together (paper: 32).
+        micro_batch: patches that one worker takes through the network at a time; the gradients of
+            a batch are summed. null takes the largest that fits, halving when memory runs out.
+        sync_batchnorm: BatchNorm takes its statistics over all workers' patches.
         epochs: at most this many (paper: 200, code: 50).
         schedule: ReduceLROnPlateau on the validation loss (paper), CosineAnnealingLR (code), none.
         plateau_factor: plateau: the learning rate is multiplied by this.
@@ -147,19 +162,32 @@ class Training:
         patience: early: in epochs (paper preset: 20).
         input_px: patches are shrunk to this side on the device; null keeps the store's.
         precision: auto takes what was measured to be fastest for device and backbone.
+        engine: how a step is run. `eager` launches kernel after kernel; `graph` records a whole
+            step as a CUDA graph and replays it; `compile` is torch.compile. auto is `eager` on the
+            CPU, and on one GPU `graph` after it has given the same as `eager` on the first batch.
         seed: every random number follows from (seed, epoch, step, rank).
     """
 
     backbone: str = "efficientnet_b0"
     weights: str | None = None
+    frozen: bool = False
+    image_statistics: Literal["training", "weights"] = "training"
     genes: int = 250
     auxnet: bool = True
     aux_weight: float = 40.0
     aux_target: Literal["standardised", "log"] = "standardised"
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: float = 1e-3
+    backbone_learning_rate: float | None = None
     momentum: float = 0.9
     weight_decay: float = 1e-6
+    warmup_epochs: int = 0
+    ema_decay: float = 0.0
     batch_size: int = 32
+    micro_batch: int | None = None
+    sync_batchnorm: bool = False
     epochs: int = 200
     schedule: Literal["plateau", "cosine", "none"] = "plateau"
     plateau_factor: float = 0.1
@@ -170,6 +198,7 @@ class Training:
     patience: int = 20
     input_px: int | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    engine: Literal["auto", "eager", "graph", "compile"] = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -178,10 +207,16 @@ class Training:
             _must(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
         _must(self.batch_size >= 2, "batch_size must be at least 2", self.batch_size)
         _must(self.learning_rate > 0, "learning_rate must be above 0", self.learning_rate)
-        _must(0 <= self.momentum < 1, "momentum must be from 0 to below 1", self.momentum)
         _must(0 < self.plateau_factor < 1, "plateau_factor must be in 0..1", self.plateau_factor)
-        for name in ("aux_weight", "weight_decay", "min_learning_rate", "seed"):
+        for name in ("momentum", "dropout", "drop_path", "ema_decay"):
+            share = getattr(self, name)
+            _must(0 <= share < 1, f"{name} must be from 0 to below 1", share)
+        for name in ("aux_weight", "weight_decay", "min_learning_rate", "warmup_epochs", "seed"):
             _must(getattr(self, name) >= 0, f"{name} must not be negative", getattr(self, name))
+        if (rate := self.backbone_learning_rate) is not None:
+            _must(rate >= 0, "backbone_learning_rate must not be negative", rate)
+        if self.micro_batch is not None:
+            _must(self.micro_batch >= 1, "micro_batch must be at least 1", self.micro_batch)
         if self.cosine_period is not None:
             _must(self.cosine_period >= 1, "cosine_period must be at least 1", self.cosine_period)
         if self.input_px is not None:

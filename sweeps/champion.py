@@ -9,7 +9,7 @@ from typing import Any
 from mlflow import MlflowClient
 
 from brstnet.config import plain
-from brstnet.training.train import finished
+from brstnet.training.keep import finished
 from sweeps import tracking
 from sweeps.space import Sweep
 from sweeps.trial import Job

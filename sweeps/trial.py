@@ -21,7 +21,8 @@ from brstnet.evaluation import plots, validation
 from brstnet.launch import pick_device
 from brstnet.training import distributed
 from brstnet.training.checkpoint import read_facts
-from brstnet.training.train import FitResult, fit
+from brstnet.training.keep import FitResult
+from brstnet.training.train import fit
 from sweeps.space import NUMBER, Sweep
 from sweeps.tracking import TrialTracker
 

@@ -11,10 +11,12 @@ from tqdm import tqdm
 
 from brstnet.data.store import Store
 from brstnet.training import checkpoint
-from brstnet.training.batches import load_spots, target_scale, to_input
+from brstnet.training.batches import Units, load_spots
 from brstnet.training.checkpoint import Checkpoint
+from brstnet.training.epoch import EVAL_BATCH
+from brstnet.training.fitted import target_scale
+from brstnet.training.keep import finished
 from brstnet.training.model import choose_precision
-from brstnet.training.train import EVAL_BATCH, finished
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,13 +111,12 @@ def predict(member: Checkpoint, store: Store, sections: Sequence[str]) -> pd.Dat
     check_store(member, store)
     device = next(member.model.parameters()).device
     spots = load_spots(store, sections, member.fitted, device)
+    units = Units.of(member.fitted, member.settings.training, device)
     precision = choose_precision(member.settings.training, device)
     parts = []
     for rows_B in torch.from_numpy(spots.rows).to(device).split(EVAL_BATCH):
-        patches = spots.patches(rows_B)
-        x_BCHW = to_input(patches, member.fitted, member.settings.training.input_px)
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            main, aux = member.model(x_BCHW)
+            main, aux = member.model(units.image(spots.patches(rows_B)))
         heads = [main] if aux is None else [main, aux]
         parts.append(torch.cat(heads, dim=1).float().cpu().numpy())
     shift, scale = target_scale(member.fitted, member.settings.training.aux_target)

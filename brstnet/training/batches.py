@@ -1,9 +1,12 @@
-"""Patches to the device: gather, turn, normalise. No DataLoader, no per-patch Python.
+"""From a store to batches on the device: whole in its memory where they fit, else from the maps.
 
-Shape letters: N spots, B batch, H and W pixels, C channels, G genes.
+Shape letters: N spots, B batch, S steps, V views (symmetries), C channels, H and W pixels, G genes,
+F features.
 """
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,11 +14,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from brstnet.config import Training
 from brstnet.data.store import Store
-from brstnet.training.fitted import Fitted, targets
+from brstnet.training.fitted import Fitted, target_scale
 
 SHARE_OF_FREE_MEMORY = 0.6
 """Patches stay on the GPU if they take less of its free memory; the rest is for the model."""
+
+AHEAD = 2
+"""Batches that are gathered from the maps while the device is busy with one."""
+
+Sent = tuple[Tensor, torch.cuda.Event | None]
+"""A batch on its way to the device, and the event that says it is there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Some spots on the device, as raw as they are stored.
+
+    `x` are patches, uint8 (B, H, W, C), or cached features, float32 (B, F); `symmetry_B` says how
+    each patch is turned (None: not at all); `counts_BG` are raw counts, in the order of the model's
+    outputs, and `scale_B` what they are multiplied by before the logarithm.
+    """
+
+    x: Tensor
+    symmetry_B: Tensor | None
+    counts_BG: Tensor
+    scale_B: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,16 +48,19 @@ class Spots:
     """The spots of some sections, ready to be drawn from.
 
     `maps` are the patches as they lie in the store, one uint8 (n, H, W, 3) a section, `first` the
-    row at which each begins; `resident` is all of them on the device, if they fit. `rows` (M,)
-    are the rows that may be drawn, `y_NG` the standardised targets of every row, `section_N` the
-    number of the section of every row.
+    row at which each begins; `resident` is all of them on the device, if they fit. Where a frozen
+    backbone has seen them all, `features_VNF` takes their place. `rows` (M,) are the rows that may
+    be drawn, `counts_NG` and `scale_N` the raw counts and their factor of every row, `section_N`
+    the number of the section of every row.
     """
 
     maps: Sequence[np.ndarray]
     first: np.ndarray
     resident: Tensor | None
+    features_VNF: Tensor | None = None
     rows: np.ndarray
-    y_NG: Tensor
+    counts_NG: Tensor
+    scale_N: Tensor
     section_N: np.ndarray
     device: torch.device
 
@@ -40,16 +68,70 @@ class Spots:
         """Patches of these rows (B,), uint8 (B, H, W, C) on the device."""
         if self.resident is not None:
             return self.resident[rows]
-        index = rows.cpu().numpy()
-        batch = np.empty((len(index), *self.maps[0].shape[1:]), np.uint8)
-        section = np.searchsorted(self.first, index, side="right") - 1
+        return self._gathered(rows.cpu().numpy()).to(self.device, non_blocking=True)
+
+    def batch(self, rows_B: Tensor, symmetry_B: Tensor | None = None) -> Batch:
+        """The spots of these rows; rows and symmetries lie on the device."""
+        turns = symmetry_B
+        if self.features_VNF is None:
+            x = self.patches(rows_B)
+        else:
+            view = torch.zeros_like(rows_B) if symmetry_B is None else symmetry_B
+            x, turns = self.features_VNF[view, rows_B], None
+        return Batch(
+            x=x, symmetry_B=turns, counts_BG=self.counts_NG[rows_B], scale_B=self.scale_N[rows_B]
+        )
+
+    def feed(self, rows_SB: np.ndarray, symmetry_SB: np.ndarray) -> Iterator[Batch]:
+        """A batch for each step of a plan.
+
+        What lies on the device is picked there. Else a thread gathers from the maps and sends ahead
+        of the step, so that neither disk nor copy holds it up.
+        """
+        rows, symmetry = (torch.from_numpy(p).to(self.device) for p in (rows_SB, symmetry_SB))
+        if self.resident is not None or self.features_VNF is not None:
+            yield from (self.batch(r, s) for r, s in zip(rows, symmetry, strict=True))
+            return
+        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        waiting: deque[Future[Sent]] = deque()
+        with ThreadPoolExecutor(1, "gather") as pool:
+            for step in range(len(rows_SB) + AHEAD):
+                if step < len(rows_SB):
+                    waiting.append(pool.submit(self._send, rows_SB[step], stream))
+                if step >= AHEAD:
+                    sent, now = waiting.popleft().result(), step - AHEAD
+                    yield Batch(
+                        x=_arrived(*sent),
+                        symmetry_B=symmetry[now],
+                        counts_BG=self.counts_NG[rows[now]],
+                        scale_B=self.scale_N[rows[now]],
+                    )
+
+    def _send(self, rows: np.ndarray, stream: torch.cuda.Stream | None) -> Sent:
+        batch = self._gathered(rows)
+        if stream is None:
+            return batch, None
+        with torch.cuda.stream(stream):
+            return batch.to(self.device, non_blocking=True), stream.record_event()
+
+    def _gathered(self, rows: np.ndarray) -> Tensor:
+        """Patches of these rows from the maps, in memory that a GPU can read by itself."""
+        shape = (len(rows), *self.maps[0].shape[1:])
+        batch = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        section = np.searchsorted(self.first, rows, side="right") - 1
         for number in np.unique(section):
             here = np.flatnonzero(section == number)
-            batch[here] = self.maps[number][index[here] - self.first[number]]
-        x_BHWC = torch.from_numpy(batch)
-        if self.device.type == "cuda":
-            return x_BHWC.pin_memory().to(self.device, non_blocking=True)
-        return x_BHWC
+            batch.numpy()[here] = self.maps[number][rows[here] - self.first[number]]
+        return batch
+
+
+def _arrived(x: Tensor, event: torch.cuda.Event | None) -> Tensor:
+    """A batch that was sent on another stream, safe to use on this one."""
+    if event is not None:
+        here = torch.cuda.current_stream(x.device)
+        here.wait_event(event)
+        x.record_stream(here)
+    return x
 
 
 def load_spots(
@@ -58,24 +140,22 @@ def load_spots(
     fitted: Fitted,
     device: torch.device,
     *,
-    aux_target: str = "standardised",
     rows: np.ndarray | None = None,
 ) -> Spots:
-    """Bring the spots of these sections to the device, with the targets that a fold defines.
+    """Bring the spots of these sections to the device, with the counts of the fold's genes.
 
     Args:
         store: the open store.
         sections: in the order of the rows.
         fitted: the fold's genes and statistics.
         device: where to train.
-        aux_target: `log` leaves the auxiliary targets unstandardised (the authors' code).
         rows: bool (N,), which may be drawn; all by default.
     """
     spots = store.spots(sections)
     columns = store.genes.index.get_indexer(fitted.genes.index)
     counts = store.counts(sections)[:, columns]
-    y_NG = targets(fitted, counts, spots["total_counts"].to_numpy(float))
-    mean, std = target_scale(fitted, aux_target)
+    small = counts.max() <= np.iinfo(np.int16).max if counts.nnz else True
+    scale = fitted.count_scale(spots["total_counts"].to_numpy(float)).astype(np.float32)
     maps = [store.patches(name) for name in sections]
     lengths = [len(m) for m in maps]
     return Spots(
@@ -83,19 +163,13 @@ def load_spots(
         first=np.cumsum([0, *lengths[:-1]]),
         resident=_resident(maps, device),
         rows=np.arange(len(spots)) if rows is None else np.flatnonzero(rows),
-        y_NG=torch.from_numpy((y_NG - mean) / std).to(device),
+        counts_NG=torch.from_numpy(
+            counts.astype(np.int16 if small else np.int32).toarray()  # a quarter of float64's room
+        ).to(device),
+        scale_N=torch.from_numpy(scale).to(device),
         section_N=np.repeat(np.arange(len(maps)), lengths),
         device=device,
     )
-
-
-def target_scale(fitted: Fitted, aux_target: str) -> tuple[np.ndarray, np.ndarray]:
-    """Shift and scale of each target, (G,) float32: model output * scale + shift = log units."""
-    mean = fitted.genes["mean"].to_numpy(np.float32, copy=True)
-    std = fitted.genes["std"].to_numpy(np.float32, copy=True)
-    if aux_target == "log":
-        mean[fitted.main_genes :], std[fitted.main_genes :] = 0, 1
-    return mean, std
 
 
 def _resident(maps: Sequence[np.ndarray], device: torch.device) -> Tensor | None:
@@ -134,6 +208,54 @@ def epoch_plan(
     return order[:, rank::world], symmetry[:, rank::world]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Units:
+    """From raw bytes and counts to what network and loss are made for, on the device.
+
+    Constants of a fold: image mean and deviation of each channel (1, C, 1, 1) in levels of 0..255,
+    target mean and deviation of each output (G,) in log units; `input_px` is the side that patches
+    are shrunk to, or None.
+    """
+
+    image_mean: Tensor
+    image_std: Tensor
+    target_mean_G: Tensor
+    target_std_G: Tensor
+    input_px: int | None
+
+    @classmethod
+    def of(cls, fitted: Fitted, training: Training, device: torch.device) -> "Units":
+        """The units of a fold."""
+        mean, std = target_scale(fitted, training.aux_target)
+        return cls(
+            image_mean=torch.tensor(fitted.image_mean, device=device).view(1, 3, 1, 1) * 255,
+            image_std=torch.tensor(fitted.image_std, device=device).view(1, 3, 1, 1) * 255,
+            target_mean_G=torch.from_numpy(mean).to(device),
+            target_std_G=torch.from_numpy(std).to(device),
+            input_px=training.input_px,
+        )
+
+    def input(self, batch: Batch) -> Tensor:
+        """What the network takes: standardised patches (B, C, H, W), or features as they are."""
+        if batch.x.dtype != torch.uint8:
+            return batch.x
+        x_BHWC = batch.x if batch.symmetry_B is None else turn(batch.x, batch.symmetry_B)
+        return self.image(x_BHWC)
+
+    def image(self, x_BHWC: Tensor) -> Tensor:
+        """uint8 patches (B, H, W, C) as float32 (B, C, H, W), channels_last, standardised."""
+        x_BCHW = x_BHWC.permute(0, 3, 1, 2).float()
+        if self.input_px is not None and self.input_px != x_BCHW.shape[-1]:
+            x_BCHW = F.interpolate(x_BCHW, size=(self.input_px, self.input_px), mode="area")
+        x_BCHW = (x_BCHW - self.image_mean) / self.image_std
+        return x_BCHW.contiguous(memory_format=torch.channels_last)
+
+    def target(self, batch: Batch) -> Tensor:
+        """Standardised targets, float32 (B, G)."""
+        y_BG = torch.log1p(batch.counts_BG * batch.scale_B[:, None])
+        return (y_BG - self.target_mean_G) / self.target_std_G
+
+
 def turn(x_BHWC: Tensor, symmetry_B: Tensor) -> Tensor:
     """Each patch in one of its 8 symmetries: bit 0 flips columns, bit 1 rows, bit 2 transposes.
 
@@ -144,14 +266,3 @@ def turn(x_BHWC: Tensor, symmetry_B: Tensor) -> Tensor:
         x_BHWC = torch.where(flip, x_BHWC.flip(dims), x_BHWC)
     transpose = (symmetry_B & 4).bool()[:, None, None, None]
     return torch.where(transpose, x_BHWC.transpose(1, 2), x_BHWC)
-
-
-def to_input(x_BHWC: Tensor, fitted: Fitted, input_px: int | None) -> Tensor:
-    """uint8 patches to the network's input: float32 (B, C, H, W), channels_last, standardised."""
-    x_BCHW = x_BHWC.permute(0, 3, 1, 2).float()
-    if input_px is not None and input_px != x_BCHW.shape[-1]:
-        x_BCHW = F.interpolate(x_BCHW, size=(input_px, input_px), mode="area")
-    mean = torch.tensor(fitted.image_mean, device=x_BHWC.device).view(1, 3, 1, 1)
-    std = torch.tensor(fitted.image_std, device=x_BHWC.device).view(1, 3, 1, 1)
-    x_BCHW = (x_BCHW / 255 - mean) / std
-    return x_BCHW.contiguous(memory_format=torch.channels_last)

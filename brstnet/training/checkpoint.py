@@ -1,7 +1,8 @@
 """A checkpoint is a folder that stands alone: the model and everything that was fitted with it.
 
     checkpoint.json       format, settings, fold, statistics, store, scores, versions, leak report
-    model.safetensors     all weights and buffers
+    model.safetensors     all weights and buffers (of the moving average, where there is one)
+    backbone.safetensors  a frozen backbone's, which are not in the model's then
     genes.parquet         the genes in output order, their roles and statistics
     validation.parquet    the panel's correlation per gene and validation section
     optimizer.safetensors and progress.json   only in a checkpoint that training goes on from
@@ -9,10 +10,12 @@
 Nothing in it is pickled.
 """
 
+import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +25,14 @@ import pandas as pd
 import safetensors.torch
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from brstnet import __version__
 from brstnet.config import Settings, build, plain
 from brstnet.data.store import Store
 from brstnet.training.fitted import Fitted
 from brstnet.training.folds import Fold
-from brstnet.training.model import BrSTNet, build_model
+from brstnet.training.model import BrSTNet, build_backbone, create, with_heads
 
 FORMAT = "brstnet-checkpoint"
 VERSION = 1
@@ -75,29 +78,63 @@ def describe(
     }
 
 
-def save(
-    path: Path,
-    model: nn.Module,
-    genes: pd.DataFrame,
-    facts: Mapping[str, Any],
-    validation: pd.DataFrame | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
-    progress: Mapping[str, Any] | None = None,
-) -> None:
+class Saver:
+    """Writes in a thread of its own, one thing after the other: training waits for a copy alone."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, "saver")
+        self._writing: Future[None] | None = None
+
+    def submit(self, write: Callable[[], None]) -> None:
+        """Write this next; what went wrong with the last is raised here."""
+        self.wait()
+        self._writing = self._pool.submit(write)
+
+    def wait(self) -> None:
+        """Until all is on disk.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What a checkpoint is written from; tensors on the host, and no longer changing.
+
+    `weights` are the model's, `facts` what `describe` gave and scores, `validation` the panel's
+    correlations; `state` (see `training_state`) and `progress` are there where training can go on;
+    `backbone` is a frozen backbone's file, to be linked into the checkpoint.
+    """
+
+    weights: Mapping[str, Tensor]
+    genes: pd.DataFrame
+    facts: Mapping[str, Any]
+    validation: pd.DataFrame | None = None
+    state: Mapping[str, Tensor] | None = None
+    progress: Mapping[str, Any] | None = None
+    backbone: Path | None = None
+
+
+def save(path: Path, contents: Contents) -> None:
     """Write a checkpoint beside its place, then put it there: a reader never sees half of one."""
     scratch = path.with_name(path.name + ".tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    safetensors.torch.save_file(_tensors(model.state_dict()), scratch / "model.safetensors")
-    genes.to_parquet(scratch / "genes.parquet")
-    if validation is not None:
-        validation.to_parquet(scratch / "validation.parquet")
-    if optimizer is not None:
-        state = _optimizer_tensors(optimizer)
-        safetensors.torch.save_file(state, scratch / "optimizer.safetensors")
-    if progress is not None:
-        (scratch / "progress.json").write_text(json.dumps(progress))
-    (scratch / "checkpoint.json").write_text(json.dumps(facts, indent=1))
+    safetensors.torch.save_file(dict(contents.weights), scratch / "model.safetensors")
+    contents.genes.to_parquet(scratch / "genes.parquet")
+    if contents.validation is not None:
+        contents.validation.to_parquet(scratch / "validation.parquet")
+    if contents.state is not None:
+        safetensors.torch.save_file(dict(contents.state), scratch / "optimizer.safetensors")
+    if contents.progress is not None:
+        (scratch / "progress.json").write_text(json.dumps(contents.progress))
+    if contents.backbone is not None:
+        _link(contents.backbone, scratch / "backbone.safetensors")
+    (scratch / "checkpoint.json").write_text(json.dumps(contents.facts, indent=1))
     old = path.with_name(path.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
@@ -106,35 +143,66 @@ def save(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _tensors(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+def _link(source: Path, target: Path) -> None:
+    """The same file under another name, or a copy where the disk knows no links."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """SGD's momentum, by the number of the parameter."""
-    state = optimizer.state_dict()["state"]
-    buffers = {
-        str(i): s["momentum_buffer"]
-        for i, s in state.items()
-        if s.get("momentum_buffer") is not None
+def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A copy in the host's memory that further training does not change."""
+    return {n: torch.empty(v.shape, dtype=v.dtype).copy_(v.detach()) for n, v in tensors.items()}
+
+
+def training_state(optimizer: torch.optim.Optimizer, moving: nn.Module | None) -> dict[str, Tensor]:
+    """What training goes on from, beside the model, on the host.
+
+    The optimiser's tensors are named by their parameter's number; `moving` are the weights that
+    learn where the checkpoint's own are their moving average.
+    """
+    state = {
+        f"{number}.{name}": value
+        for number, values in optimizer.state_dict()["state"].items()
+        for name, value in values.items()
+        if isinstance(value, Tensor)
     }
-    return _tensors(buffers)
+    if moving is not None:
+        state |= {f"weights.{name}": value for name, value in moving.state_dict().items()}
+    return on_host(state)
 
 
-def restore_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Put the saved momentum back into an optimiser over the same parameters.
+def restore_state(
+    path: Path, optimizer: torch.optim.Optimizer, moving: nn.Module | None = None
+) -> None:
+    """Put what `training_state` has kept back into an optimiser over the same parameters.
 
-    The file has no memory layout; each buffer gets its parameter's again, as the fused update walks
+    The file has no memory layout; each tensor gets its parameter's again, as the fused update walks
     through memory without looking at strides.
     """
-    buffers = safetensors.torch.load_file(path / "optimizer.safetensors")
+    tensors = safetensors.torch.load_file(path / "optimizer.safetensors")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    restored: dict[int, dict[str, Tensor]] = {}
+    weights = {}
+    for key, value in tensors.items():
+        number, _, name = key.partition(".")
+        if number == "weights":
+            weights[name] = value
+            continue
+        own = parameters[int(number)]
+        like = torch.empty_like(own).copy_(value) if value.shape == own.shape else value
+        restored.setdefault(int(number), {})[name] = like
     state = optimizer.state_dict()
-    state["state"] = {
-        int(i): {"momentum_buffer": torch.empty_like(parameters[int(i)]).copy_(value)}
-        for i, value in buffers.items()
-    }
+    state["state"] = restored
     optimizer.load_state_dict(state)
+    if moving is not None:
+        moving.load_state_dict(weights)
+
+
+def remove(path: Path) -> None:
+    """Take a checkpoint away; what is left of one that is killed here is no checkpoint."""
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def settle(path: Path) -> bool:
@@ -177,11 +245,11 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
     facts = read_facts(path)
     settings = build(Settings, facts["settings"], str(path / "checkpoint.json"))
     fitted = _fitted(path, facts["fitted"])
-    training = settings.training
-    scratch = Settings(protocol=settings.protocol, training=_without_weights(settings))
-    input_px = training.input_px or int(facts["store"]["prepare"]["input_px"])
-    model = build_model(scratch.training, fitted, input_px)
-    model.load_state_dict(safetensors.torch.load_file(path / "model.safetensors"))
+    model = with_heads(_backbone(facts, settings), settings.training, fitted)
+    weights = safetensors.torch.load_file(path / "model.safetensors")
+    if (frozen := path / "backbone.safetensors").is_file():
+        weights |= {f"backbone.{n}": v for n, v in safetensors.torch.load_file(frozen).items()}
+    model.load_state_dict(weights)
     return Checkpoint(
         path=path,
         model=model.to(device).eval(),
@@ -192,9 +260,12 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
     )
 
 
-def _without_weights(settings: Settings) -> Any:
+def _backbone(facts: Mapping[str, Any], settings: Settings) -> nn.Module:
     """The architecture alone: its weights come from the checkpoint, not from where they began."""
-    return settings.training.__class__(**{**vars(settings.training), "weights": None})
+    if (made := facts.get("architecture")) is not None:
+        return create(made["name"], made["args"])
+    training = dataclasses.replace(settings.training, weights=None)  # made before 0.2
+    return build_backbone(training, training.input_px or facts["store"]["prepare"]["input_px"])
 
 
 def _fold(facts: Mapping[str, Any]) -> Fold:

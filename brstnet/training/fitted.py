@@ -47,6 +47,10 @@ class Fitted:
         """Genes of AuxNet; 0 without it."""
         return int((self.genes["role"] == AUX).sum())
 
+    def count_scale(self, totals: np.ndarray) -> np.ndarray:
+        """What raw counts are multiplied by before the logarithm, (N,): 1 for log_counts."""
+        return count_scale(totals, self.target, self.median_total)
+
     def facts(self) -> dict[str, Any]:
         """Everything but the gene table, for JSON."""
         return {
@@ -65,6 +69,14 @@ def training_rows(spots: pd.DataFrame, protocol: Protocol) -> np.ndarray:
     return rows
 
 
+def count_scale(totals: np.ndarray, target: str, median_total: float) -> np.ndarray:
+    """Factor (N,) that brings each spot's total to the training median; 1 for log_counts."""
+    scale: np.ndarray = (
+        median_total / totals if target == "log_normalised" else np.ones(len(totals))
+    )
+    return scale
+
+
 def transform(
     counts: sparse.csr_matrix, totals: np.ndarray, target: str, median_total: float
 ) -> sparse.csr_matrix:
@@ -76,16 +88,22 @@ def transform(
         target: log_normalised or log_counts.
         median_total: of the training spots.
     """
-    scale = median_total / totals if target == "log_normalised" else np.ones(len(totals))
+    scale = count_scale(totals, target, median_total)
     scaled = sparse.csr_matrix(counts, dtype=np.float64, copy=True)
     scaled.data *= np.repeat(scale, np.diff(scaled.indptr))
     return scaled.log1p()
 
 
-def targets(fitted: Fitted, counts: sparse.csr_matrix, totals: np.ndarray) -> np.ndarray:
-    """Targets in log units, float32 (N, genes of `fitted`), of counts in that gene order."""
-    units = transform(counts, totals, fitted.target, fitted.median_total)
-    return units.toarray().astype(np.float32)
+def target_scale(fitted: Fitted, aux_target: str) -> tuple[np.ndarray, np.ndarray]:
+    """Shift and scale of each target, (G,) float32: model output * scale + shift = log units.
+
+    `aux_target: log` leaves the auxiliary targets unstandardised (the authors' code).
+    """
+    mean = fitted.genes["mean"].to_numpy(np.float32, copy=True)
+    std = fitted.genes["std"].to_numpy(np.float32, copy=True)
+    if aux_target == "log":
+        mean[fitted.main_genes :], std[fitted.main_genes :] = 0, 1
+    return mean, std
 
 
 def fit_statistics(store: Store, fold: Fold, settings: Settings) -> Fitted:

@@ -1,9 +1,11 @@
 """Backbone, main head and AuxNet.
 
-Shape letters: B batch, H and W pixels, G genes of the main head, A genes of AuxNet.
+Shape letters: B batch, C channels, H and W pixels, F features, G genes of the main head, A genes of
+AuxNet.
 """
 
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,11 @@ PAPER_BACKBONES = {
 }
 """The paper's ten backbones (Table 1) and what timm calls them."""
 
+Colour = tuple[float, float, float]
+
+SOURCES = ("hf-hub:", "local-dir:")
+"""Where timm finds an encoder that brings its own configuration."""
+
 
 class BrSTNet(nn.Module):
     """A backbone with a linear main head and, on the same pooled feature, AuxNet (paper, Fig. 1).
@@ -32,21 +39,30 @@ class BrSTNet(nn.Module):
     AuxNet is there when there are auxiliary genes to predict, whatever their weight in the loss.
     """
 
-    def __init__(self, backbone: nn.Module, main_genes: int, aux_genes: int) -> None:
+    def __init__(
+        self, backbone: nn.Module, main_genes: int, aux_genes: int, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         features: int = backbone.num_features  # type: ignore[assignment]
+        self.dropout = nn.Dropout(dropout)
         self.main = nn.Linear(features, main_genes)
         self.aux = nn.Linear(features, aux_genes) if aux_genes else None
 
-    def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Standardised targets of the main genes (B, G) and the auxiliary ones (B, A) or None."""
-        feature = self.backbone(x_BCHW)
-        with torch.autocast(x_BCHW.device.type, enabled=False):  # predictions in full precision
-            return self._heads(feature.float())
+        feature_BF = self.dropout(self.backbone(x))
+        with torch.autocast(x.device.type, enabled=False):  # predictions in full precision
+            feature_BF = feature_BF.to(self.main.weight.dtype)
+            return self.main(feature_BF), None if self.aux is None else self.aux(feature_BF)
 
-    def _heads(self, feature: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.main(feature), None if self.aux is None else self.aux(feature)
+
+class Seen(nn.Identity):
+    """Stands in for a frozen backbone that has already seen every patch: features pass through."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
 
 
 def timm_name(backbone: str) -> str:
@@ -56,13 +72,25 @@ def timm_name(backbone: str) -> str:
         ValueError: it is neither one of the paper's nor timm's.
     """
     name = PAPER_BACKBONES.get(backbone, backbone)
-    if not timm.is_model(name.split(".")[0]):
+    if not name.startswith(SOURCES) and not timm.is_model(name.split(".")[0]):
         near = timm.list_models(f"*{backbone.split('_')[0]}*")[:5]
         raise ValueError(
-            f"training.backbone must be one of {', '.join(PAPER_BACKBONES)} or a model of timm"
-            f"{f' (such as {near[0]})' if near else ''}, got {backbone!r}"
+            f"training.backbone must be one of {', '.join(PAPER_BACKBONES)}, a model of timm"
+            f"{f' (such as {near[0]})' if near else ''}, or an encoder ({' or '.join(SOURCES)}...)"
+            f", got {backbone!r}"
         )
     return name
+
+
+def architecture(backbone: nn.Module) -> dict[str, Any]:
+    """What makes this backbone again, without its weights and wherever its configuration came from.
+
+    Returns `name` (timm's) and `args`.
+    """
+    drops = ("drop_path_rate", "pretrained_model_args")
+    args = {k: v for k, v in backbone._model_args.items() if k not in drops}  # type: ignore[union-attr, operator]
+    name = backbone.pretrained_cfg["architecture"]  # type: ignore[index]
+    return {"name": name, "args": args}
 
 
 def build_backbone(training: Training, input_px: int) -> nn.Module:
@@ -70,24 +98,42 @@ def build_backbone(training: Training, input_px: int) -> nn.Module:
 
     Raises:
         ValueError: the backbone is unknown, cannot take this input size, or the weights do not fit.
-        FileNotFoundError: the weights' file is missing.
+        FileNotFoundError: the weights' file, or the encoder's folder, is missing.
     """
     name = timm_name(training.backbone)
-    sized: dict[str, Any] = (
-        {"img_size": input_px} if name.startswith(("vit_", "deit", "eva", "swin")) else {}
-    )
+    args: dict[str, Any] = {"drop_path_rate": training.drop_path} if training.drop_path else {}
+    sized = ("vit_", "deit", "eva", "swin")
+    if name.startswith(sized):
+        args["img_size"] = input_px
     try:
-        backbone: nn.Module = timm.create_model(
-            name, pretrained=training.weights == "timm", num_classes=0, **sized
-        )
+        backbone = create(name, {"num_classes": 0, **args}, pretrained=training.weights == "timm")
         _check_input_size(backbone, name, input_px)
     except (AssertionError, RuntimeError) as error:
         raise ValueError(
             f"training.backbone {training.backbone} cannot take patches of {input_px} px: {error}"
         ) from error
+    except TypeError as error:
+        if training.drop_path and "drop_path_rate" in str(error):
+            raise ValueError(
+                f"training.drop_path is {training.drop_path}, but {training.backbone} has no "
+                "stochastic depth: set it to 0, or use training.dropout"
+            ) from error
+        raise
     if training.weights not in (None, "timm"):
         load_weights(backbone, Path(training.weights))
     return backbone
+
+
+def create(name: str, args: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
+    """A backbone by timm's name of it and the arguments that `architecture` has kept."""
+    backbone: nn.Module = timm.create_model(name, pretrained=pretrained, **args)
+    return backbone
+
+
+def colours(backbone: nn.Module) -> tuple[Colour, Colour]:
+    """Mean and deviation of each colour, in 0..1, that the backbone's weights were trained with."""
+    facts: dict[str, Any] = backbone.pretrained_cfg  # type: ignore[assignment]
+    return tuple(facts["mean"]), tuple(facts["std"])
 
 
 def _check_input_size(backbone: nn.Module, name: str, input_px: int) -> None:
@@ -134,8 +180,12 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 def build_model(training: Training, fitted: Fitted, input_px: int) -> BrSTNet:
     """The model for a fold, in channels_last; initial weights follow from `training.seed`."""
     torch.manual_seed(training.seed)
-    backbone = build_backbone(training, input_px)
-    model = BrSTNet(backbone, fitted.main_genes, fitted.aux_genes)
+    return with_heads(build_backbone(training, input_px), training, fitted)
+
+
+def with_heads(backbone: nn.Module, training: Training, fitted: Fitted) -> BrSTNet:
+    """A backbone with the heads that a fold's genes ask for, in channels_last."""
+    model = BrSTNet(backbone, fitted.main_genes, fitted.aux_genes, training.dropout)
     return model.to(memory_format=torch.channels_last)
 
 
