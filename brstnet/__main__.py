@@ -10,27 +10,49 @@ from typing import Any, Self
 from jsonargparse import ActionConfigFile, Namespace
 from tqdm import tqdm
 
-from brstnet.config import Parser, Prepare, Protocol, Settings, Training, from_namespace
+from brstnet.config import (
+    Parser,
+    Prepare,
+    Protocol,
+    Settings,
+    Training,
+    from_namespace,
+    preset,
+    preset_asked,
+    preset_names,
+)
 from brstnet.data.synthetic import Demo, make_demo
 from brstnet.launch import pick_device, restart_with_allocator
 
 # torch takes seconds to import: only the commands that need it do.
 
 
-def make_parser() -> Parser:
-    """The command line of all commands."""
+def make_parser(preset_name: str | None = None) -> Parser:
+    """The command line of all commands; a preset's values are the defaults."""
     parser = Parser(prog="brstnet", description="Learn spatial gene expression from H&E slides.")
     commands = parser.add_subcommands()
     for name, (make, summary, _) in COMMANDS.items():
         sub = Parser(description=summary)
         make(sub)
+        if preset_name is not None and name in PRESET_GROUPS:
+            sub.set_defaults(preset(preset_name, *PRESET_GROUPS[name]))
         commands.add_subcommand(name, sub, help=summary)
     return parser
+
+
+PRESET_GROUPS = {"prepare": ("prepare",), "train": ("protocol", "training")}
+"""Which of a preset's groups a command takes."""
+
+
+def _preset_option(parser: Parser) -> None:
+    about = "defaults: what the paper says, what its code does, or what was measured to be best"
+    parser.add_argument("--preset", help=f"{about} ({', '.join(preset_names())})")
 
 
 def _prepare_options(parser: Parser) -> None:
     parser.add_argument("raw", type=Path, help="folder of raw slides and counts")
     parser.add_argument("store", type=Path, help="patch store to make")
+    _preset_option(parser)
     parser.add_argument("--config", action=ActionConfigFile)
     parser.add_class_arguments(Prepare)
 
@@ -92,6 +114,7 @@ def _describe(info: Mapping[str, Any]) -> str:
 
 def _train_options(parser: Parser) -> None:
     parser.add_argument("store", type=Path)
+    _preset_option(parser)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML: protocol and training")
     parser.add_argument("--fold", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/train"), help="folder to write to")
@@ -222,11 +245,16 @@ def _say(text: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; what the user can mend is told in a few lines, with exit code 2."""
-    args = make_parser().parse_args(argv)
-    command = args.subcommand
-    options = args[command]
+    words = sys.argv[1:] if argv is None else list(argv)
     try:
-        options = make_parser().instantiate(args)[command]
+        parser = make_parser(preset_asked(words))
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    args = parser.parse_args(words)
+    command = args.subcommand
+    try:
+        options = parser.instantiate(args)[command]
         COMMANDS[command][2](options)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -19,6 +19,9 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 T = TypeVar("T")
+
+PRESETS = Path(__file__).parent / "presets"
+"""A YAML file each: what `--preset NAME` and a sweep's `preset: NAME` take for defaults."""
 
 
 def _must(holds: bool, what: str, came: object) -> None:  # noqa: FBT001 - reads as a sentence
@@ -53,6 +56,8 @@ class Prepare:
         min_counts: spots with fewer total counts go to the ledger (paper: 1000).
         window_px: side of the square window round a spot, in slide pixels (paper: 224).
         input_px: side of the stored patch, in pixels (paper: 224).
+        luminosity: whose lightness is standardised before the stains are: that of the target and
+            of every slide (paper), or of the target alone (code).
     """
 
     layout: Literal["stnet", "her2st"] = "stnet"
@@ -62,6 +67,7 @@ class Prepare:
     min_counts: int = 1000
     window_px: int = 224
     input_px: int = 224
+    luminosity: Literal["both", "target"] = "both"
 
     def __post_init__(self) -> None:
         _check_values(self)
@@ -294,6 +300,41 @@ class Parser(ArgumentParser):
         hidden = {"help", "config", "print_config", "print_shtab"}
         dests = {a.dest for a in self._actions if a.option_strings}
         return {d for d in dests if not any(o.startswith(d + ".") for o in dests)} - hidden
+
+
+def preset_names() -> list[str]:
+    """The presets there are."""
+    return sorted(file.stem for file in PRESETS.glob("*.yaml"))
+
+
+def preset(name: str, *groups: str) -> dict[str, Any]:
+    """The settings of a preset as defaults of a parser: dotted name -> value.
+
+    Args:
+        name: of the preset.
+        groups: prepare (whose names are not dotted), protocol, training.
+
+    Raises:
+        ValueError: there is no such preset.
+    """
+    if name not in preset_names():
+        raise ValueError(f"preset must be one of {', '.join(preset_names())}, got {name!r}")
+    values = read_yaml(PRESETS / f"{name}.yaml")
+    return {
+        key if group == "prepare" else f"{group}.{key}": value
+        for group in groups
+        for key, value in values[group].items()
+    }
+
+
+def preset_asked(words: Sequence[str]) -> str | None:
+    """The NAME of `--preset NAME` in a command line, if it is there."""
+    for number, word in enumerate(words):
+        if word.startswith("--preset="):
+            return word.partition("=")[2]
+        if word == "--preset" and number + 1 < len(words):
+            return words[number + 1]
+    return None
 
 
 def near_leaves(wrong: str, names: Iterable[str]) -> list[str]:

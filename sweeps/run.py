@@ -17,7 +17,16 @@ from jsonargparse import ActionConfigFile, Namespace
 from ray import tune
 from ray.tune.utils.log import Verbosity
 
-from brstnet.config import Parser, check_names, from_namespace, plain, read_yaml, to_yaml
+from brstnet.config import (
+    Parser,
+    check_names,
+    from_namespace,
+    plain,
+    preset,
+    preset_asked,
+    read_yaml,
+    to_yaml,
+)
 from brstnet.data.store import Store
 from brstnet.launch import ALLOCATOR
 from sweeps import tracking
@@ -55,10 +64,15 @@ def parse(argv: Sequence[str]) -> tuple[Sweep, Namespace]:
     """
     words = list(argv)
     config = Path(words[0]) if words and not words[0].startswith("-") else None
+    asked = preset_asked(words)
     if config is not None:
-        check_names(Sweep, read_yaml(config), str(config))
+        values = read_yaml(config)
+        check_names(Sweep, values, str(config))
+        asked = asked or values.get("preset")
         words = ["--config", *words]
     parser = make_parser(config)
+    if asked is not None:
+        parser.set_defaults(preset(asked, "protocol", "training"))
     args = parser.parse_args(words)
     options = parser.instantiate(args)
     return from_namespace(Sweep, options), options

@@ -28,6 +28,7 @@ class Sweep:
 
     Args:
         name: of the sweep; a second run with the same name resumes.
+        preset: paper, code or best: what protocol and training take where nothing else is said.
         protocol: the same for every trial, so that their scores can be compared.
         training: settings of every trial, where the space does not say otherwise.
         space: name of a training setting -> list of choices, or {low, high, log: bool}.
@@ -46,6 +47,7 @@ class Sweep:
     """
 
     name: str
+    preset: str | None = None
     protocol: Protocol = field(default_factory=Protocol)
     training: Training = field(default_factory=Training)
     space: dict[str, Any] = field(default_factory=dict)

@@ -1,17 +1,20 @@
 """Patches on their way to the network: which, how turned, how standardised."""
 
 import dataclasses
+import threading
+import time
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from brstnet.config import Settings
+from brstnet.config import Settings, Training
 from brstnet.data.store import Store
 from brstnet.training import batches
-from brstnet.training.batches import Spots, epoch_plan, load_spots, target_scale, to_input, turn
-from brstnet.training.fitted import Fitted, fit_statistics, targets, training_rows
+from brstnet.training.batches import Batch, Spots, Units, epoch_plan, load_spots, turn
+from brstnet.training.fitted import Fitted, fit_statistics, training_rows, transform
 from brstnet.training.folds import Fold, make_folds
 
 CPU = torch.device("cpu")
@@ -25,6 +28,11 @@ def fold(demo_store: Store, settings: Settings) -> Fold:
 @pytest.fixture
 def fitted(demo_store: Store, fold: Fold, settings: Settings) -> Fitted:
     return fit_statistics(demo_store, fold, settings)
+
+
+def units(fitted: Fitted, **changes: Any) -> Units:
+    """The units of a fold on the CPU."""
+    return Units.of(fitted, Training(**changes), CPU)
 
 
 @pytest.fixture
@@ -147,34 +155,148 @@ def test_rows_and_sections_of_the_spots(
     assert spots.rows.tolist() == np.flatnonzero(allowed).tolist()
     assert 0 < len(spots.rows) < len(table)
     assert [fold.train[i] for i in spots.section_N] == table["section"].tolist()
-    assert len(spots.y_NG) == len(table)
+    assert len(spots.counts_NG) == len(spots.scale_N) == len(table)
 
 
 @pytest.mark.parametrize("aux_target", ["standardised", "log"])
 def test_targets_of_the_spots(
     demo_store: Store, fold: Fold, fitted: Fitted, settings: Settings, aux_target: str
 ) -> None:
+    """Raw counts of a batch, scaled, logged and standardised on the device: as scipy does it."""
     allowed = training_rows(demo_store.spots(fold.train), settings.protocol)
-    spots = load_spots(demo_store, fold.train, fitted, CPU, aux_target=aux_target, rows=allowed)
-    y = spots.y_NG.numpy()[allowed].astype(float)
+    spots = load_spots(demo_store, fold.train, fitted, CPU, rows=allowed)
+    made = units(fitted, aux_target=aux_target).target(spots.batch(torch.arange(len(allowed))))
+    assert made.dtype == torch.float32
+    y = made.numpy()[allowed].astype(float)
     main, aux = y[:, : fitted.main_genes], y[:, fitted.main_genes :]
     np.testing.assert_allclose(main.mean(axis=0), 0, atol=1e-5)
     np.testing.assert_allclose(main.std(axis=0), 1, atol=1e-5)
     columns = demo_store.genes.index.get_indexer(fitted.genes.index)
     totals = demo_store.spots(fold.train)["total_counts"].to_numpy(float)
-    log_units = targets(fitted, demo_store.counts(fold.train)[:, columns], totals)
+    counts = demo_store.counts(fold.train)[:, columns]
+    log_units = transform(counts, totals, fitted.target, fitted.median_total).toarray()[allowed]
+    in_log = log_units[:, fitted.main_genes :]
+    mean, std = fitted.genes["mean"].to_numpy(), fitted.genes["std"].to_numpy()
+    np.testing.assert_allclose(
+        y,
+        np.where(
+            (aux_target == "log") & (fitted.genes["role"] == "aux").to_numpy(),
+            log_units,
+            (log_units - mean) / std,
+        ),
+        atol=1e-4,
+    )
     if aux_target == "log":
-        np.testing.assert_array_equal(aux, log_units[allowed][:, fitted.main_genes :])
+        np.testing.assert_allclose(aux, in_log, atol=1e-6)
     else:
         np.testing.assert_allclose(aux.std(axis=0), 1, atol=1e-5)
-    shift, scale = target_scale(fitted, aux_target)
-    np.testing.assert_allclose(spots.y_NG.numpy() * scale + shift, log_units, atol=1e-5)
 
 
-def test_target_scale_does_not_change_the_statistics(fitted: Fitted) -> None:
-    before = fitted.genes.copy()
-    target_scale(fitted, "log")
-    assert fitted.genes.equals(before)
+@pytest.mark.parametrize("highest", [2**15 - 1, 2**15, 100_000])
+def test_counts_stay_whole_numbers_however_high(
+    demo_store: Store, fold: Fold, fitted: Fitted, monkeypatch: pytest.MonkeyPatch, highest: int
+) -> None:
+    counts = demo_store.counts(fold.validation)
+    counts.data[0] = highest
+    gene = demo_store.genes.index[counts.indices[0]]
+    monkeypatch.setattr(Store, "counts", lambda *_: counts)
+    spots = load_spots(demo_store, fold.validation, fitted, CPU)
+    assert spots.counts_NG.dtype == (torch.int16 if highest < 2**15 else torch.int32)
+    assert int(spots.counts_NG[0, fitted.genes.index.get_loc(gene)]) == highest
+
+
+# Feeding -----------------------------------------------------------------------------------------
+
+
+def plan(spots: Spots, steps: int = 7) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and symmetries of some steps of 8."""
+    rng = np.random.default_rng(3)
+    return rng.choice(spots.rows, (steps, 8)), rng.integers(0, 8, (steps, 8))
+
+
+def same(one: Batch, other: Batch) -> bool:
+    fields = [f.name for f in dataclasses.fields(Batch)]
+    return all(torch.equal(getattr(one, f), getattr(other, f)) for f in fields)
+
+
+def test_the_feed_is_direct_indexing_in_order(spots: Spots) -> None:
+    """From the maps by a thread, and from memory."""
+    rows_SB, symmetry_SB = plan(spots)
+    resident = dataclasses.replace(
+        spots, resident=torch.from_numpy(np.concatenate(list(spots.maps)))
+    )
+    fed = list(spots.feed(rows_SB, symmetry_SB))
+    picked = list(resident.feed(rows_SB, symmetry_SB))
+    assert len(fed) == len(picked) == 7
+    whole = np.concatenate(list(spots.maps))
+    for step, (one, other) in enumerate(zip(fed, picked, strict=True)):
+        direct = spots.batch(*(torch.from_numpy(p[step]) for p in (rows_SB, symmetry_SB)))
+        assert same(one, direct)
+        assert same(other, direct)
+        np.testing.assert_array_equal(one.x, whole[rows_SB[step]])
+
+
+@pytest.mark.parametrize("first", [0, 1, 5, 6, 7])
+def test_fed_from_the_middle_of_a_plan_the_batches_are_the_same(spots: Spots, first: int) -> None:
+    rows_SB, symmetry_SB = plan(spots)
+    whole = list(spots.feed(rows_SB, symmetry_SB))[first:]
+    rest = list(spots.feed(rows_SB[first:], symmetry_SB[first:]))
+    assert len(rest) == len(whole) == 7 - first
+    assert all(same(one, other) for one, other in zip(rest, whole, strict=True))
+
+
+def test_a_batch_that_was_fed_is_not_written_to_again(spots: Spots) -> None:
+    rows_SB, symmetry_SB = plan(spots)
+    kept = [(batch, batch.x.clone()) for batch in spots.feed(rows_SB, symmetry_SB)]
+    assert all(torch.equal(batch.x, copy) for batch, copy in kept)
+
+
+def test_no_more_than_a_few_batches_are_gathered_ahead(
+    spots: Spots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gathered: list[int] = []
+    true = Spots._gathered
+    monkeypatch.setattr(Spots, "_gathered", lambda s, r: (gathered.append(1), true(s, r))[1])
+    feed = spots.feed(*plan(spots))
+    for taken, _ in enumerate(feed, 1):
+        time.sleep(0.02)
+        assert len(gathered) <= taken + batches.AHEAD
+    assert len(gathered) == 7
+
+
+def test_an_error_in_the_consumer_or_in_the_gathering_ends_the_feed(
+    spots: Spots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = threading.active_count()
+
+    def consume() -> None:
+        for _ in spots.feed(*plan(spots)):
+            raise KeyError("consumer")
+
+    with pytest.raises(KeyError, match="consumer"):
+        consume()
+    assert threading.active_count() == before
+
+    def broken(_: Spots, rows: np.ndarray) -> torch.Tensor:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(Spots, "_gathered", broken)
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(spots.feed(*plan(spots)))
+    assert threading.active_count() == before
+
+
+def test_features_take_the_place_of_patches(spots: Spots) -> None:
+    """The symmetry picks the view; without one it is the view that is not turned."""
+    n = len(spots.counts_NG)
+    seen = dataclasses.replace(spots, features_VNF=torch.randn(8, n, 5))
+    assert seen.features_VNF is not None
+    rows_SB, symmetry_SB = plan(spots)
+    for step, batch in enumerate(seen.feed(rows_SB, symmetry_SB)):
+        assert torch.equal(batch.x, seen.features_VNF[symmetry_SB[step], rows_SB[step]])
+        assert batch.symmetry_B is None
+    rows_B = torch.tensor([4, 0, 9])
+    assert torch.equal(seen.batch(rows_B).x, seen.features_VNF[0, rows_B])
 
 
 # The network's input -----------------------------------------------------------------------------
@@ -184,7 +306,7 @@ def test_input_is_standardised_by_the_folds_statistics(fitted: Fitted) -> None:
     planted = dataclasses.replace(fitted, image_mean=(0.2, 0.4, 0.6), image_std=(0.1, 0.2, 0.4))
     x_BHWC = torch.zeros((2, 4, 6, 3), dtype=torch.uint8)
     x_BHWC[1] = torch.tensor([51, 153, 255], dtype=torch.uint8)
-    x_BCHW = to_input(x_BHWC, planted, None)
+    x_BCHW = units(planted).image(x_BHWC)
     assert x_BCHW.shape == (2, 3, 4, 6)
     assert x_BCHW.dtype == torch.float32
     assert x_BCHW.is_contiguous(memory_format=torch.channels_last)
@@ -197,20 +319,31 @@ def test_training_patches_come_out_with_mean_zero_and_deviation_one(
 ) -> None:
     allowed = training_rows(demo_store.spots(fold.train), settings.protocol)
     spots = load_spots(demo_store, fold.train, fitted, CPU, rows=allowed)
-    x_BCHW = to_input(spots.patches(torch.from_numpy(spots.rows)), fitted, None).double()
+    x_BCHW = units(fitted).input(spots.batch(torch.from_numpy(spots.rows))).double()
     np.testing.assert_allclose(x_BCHW.mean(dim=(0, 2, 3)), 0, atol=1e-5)
     np.testing.assert_allclose(x_BCHW.std(dim=(0, 2, 3), correction=0), 1, atol=1e-5)
 
 
 def test_a_smaller_input_is_the_mean_over_areas(fitted: Fitted) -> None:
     planted = dataclasses.replace(fitted, image_mean=(0, 0, 0), image_std=(1, 1, 1))
-    x = np.random.default_rng(0).integers(0, 256, (3, 12, 12, 3), np.uint8)
-    small = to_input(torch.from_numpy(x), planted, 4)
-    reference = x.reshape(3, 4, 3, 4, 3, 3).mean(axis=(2, 4)) / 255
+    x = np.random.default_rng(0).integers(0, 256, (3, 48, 48, 3), np.uint8)
+    x_BHWC = torch.from_numpy(x)
+    small = units(planted, input_px=16).image(x_BHWC)
+    reference = x.reshape(3, 16, 3, 16, 3, 3).mean(axis=(2, 4)) / 255
     np.testing.assert_allclose(small.permute(0, 2, 3, 1), reference, atol=1e-6)
     assert small.is_contiguous(memory_format=torch.channels_last)
-    same = to_input(torch.from_numpy(x), planted, 12)
-    assert torch.equal(same, to_input(torch.from_numpy(x), planted, None))
+    same = units(planted, input_px=48).image(x_BHWC)
+    assert torch.equal(same, units(planted).image(x_BHWC))
+
+
+def test_the_input_of_a_batch_is_turned_and_then_standardised(fitted: Fitted, spots: Spots) -> None:
+    made, rows_B, how_B = units(fitted), torch.arange(16), torch.arange(16) % 8
+    turned = made.image(turn(spots.patches(rows_B), how_B))
+    assert torch.equal(made.input(spots.batch(rows_B, how_B)), turned)
+    assert torch.equal(made.input(spots.batch(rows_B)), made.image(spots.patches(rows_B)))
+    features = torch.randn(3, 7)
+    batch = dataclasses.replace(spots.batch(rows_B[:3]), x=features)
+    assert made.input(batch) is features
 
 
 @pytest.mark.gpu
@@ -224,8 +357,8 @@ def test_resident_and_mapped_patches_are_the_same_on_the_gpu(
     mapped = load_spots(demo_store, fold.validation, fitted, cuda)
     assert resident.resident is not None
     assert mapped.resident is None
-    rows = torch.randperm(len(spots.y_NG))
+    rows = torch.randperm(len(spots.counts_NG))
     for on_gpu in (resident.patches(rows.to(cuda)), mapped.patches(rows.to(cuda))):
         assert on_gpu.device.type == "cuda"
         assert torch.equal(on_gpu.cpu(), spots.patches(rows))
-    assert torch.equal(resident.y_NG.cpu(), spots.y_NG)
+    assert torch.equal(resident.counts_NG.cpu(), spots.counts_NG)

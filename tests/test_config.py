@@ -122,7 +122,7 @@ def other(value: Any, kind: Any) -> Any:
     if options := getattr(kind, "__args__", None):
         if value in options:
             return next(option for option in options if option != value)
-        return 64 if int in options else "timm"
+        return next(other for k, other in ((int, 64), (float, 0.5), (str, "timm")) if k in options)
     return f"{value}_other"
 
 
@@ -213,6 +213,11 @@ def test_settings_must_be_mappings(value: object) -> None:
         ("schedule", None),
         ("stopping", "Early"),
         ("precision", "float16"),
+        ("optimizer", "adam"),
+        ("engine", "cuda"),
+        ("image_statistics", "imagenet"),
+        ("warmup_epochs", 0.5),
+        ("micro_batch", 1.5),
         ("weights", 3),
         ("input_px", 64.5),
         ("cosine_period", "all"),
@@ -241,6 +246,12 @@ RANGES: list[tuple[type, str, list[object], list[object]]] = [
     (Training, "learning_rate", [0.0, -1e-3, float("nan"), float("inf")], [1e-9]),
     (Training, "momentum", [-0.1, 1.0, float("nan")], [0.0, 0.999]),
     (Training, "plateau_factor", [0.0, 1.0], [0.5]),
+    (Training, "dropout", [-0.1, 1.0], [0.0, 0.5]),
+    (Training, "drop_path", [-0.1, 1.0], [0.0, 0.5]),
+    (Training, "ema_decay", [-0.1, 1.0, float("nan")], [0.0, 0.9999]),
+    (Training, "backbone_learning_rate", [-1e-9, float("nan")], [0.0, 1e-9, None]),
+    (Training, "warmup_epochs", [-1], [0, 5]),
+    (Training, "micro_batch", [0, -1], [1, None]),
     (Training, "aux_weight", [-1.0, float("nan"), float("inf")], [0.0]),
     (Training, "weight_decay", [-1e-6, float("inf")], [0.0]),
     (Training, "min_learning_rate", [-1e-6, float("nan")], [0.0]),

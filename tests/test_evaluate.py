@@ -25,7 +25,7 @@ from brstnet.evaluation import controls, plots, tables, validation
 from brstnet.evaluation.evaluate import Evaluation, evaluate, measured, scored_genes, standardise
 from brstnet.evaluation.predict import find_checkpoints, load_ensemble, predict, predict_mean
 from brstnet.training import checkpoint
-from brstnet.training.batches import load_spots, to_input
+from brstnet.training.batches import Units, load_spots
 from brstnet.training.fitted import training_rows
 from brstnet.training.leaks import LeakError
 from brstnet.training.train import fit
@@ -267,7 +267,8 @@ def test_a_prediction_is_the_networks_output_in_log_units(trained: Path, demo_st
     predicted = predict(member, demo_store, [SECTION])
     x_BHWC = torch.from_numpy(np.array(demo_store.patches(SECTION)))
     with torch.inference_mode():
-        output = torch.cat(member.model(to_input(x_BHWC, member.fitted, None)), dim=1).numpy()
+        x_BCHW = Units.of(member.fitted, member.settings.training, CPU).image(x_BHWC)
+        output = torch.cat(member.model(x_BCHW), dim=1).numpy()
     genes = member.fitted.genes
     expected = output * genes["std"].to_numpy() + genes["mean"].to_numpy()
     assert list(predicted.columns) == list(genes.index)
@@ -370,7 +371,9 @@ def test_what_was_measured_is_on_the_training_scale(trained: Path, demo_store: S
     for sections in ([SECTION], list(member.fold.validation)):
         ours = standardise(measured(ensemble, demo_store, sections, genes), genes)
         spots = load_spots(demo_store, sections, member.fitted, CPU)
-        np.testing.assert_allclose(ours, spots.y_NG[:, :PANEL], atol=1e-4)
+        units = Units.of(member.fitted, member.settings.training, CPU)
+        theirs = units.target(spots.batch(torch.arange(len(ours))))
+        np.testing.assert_allclose(ours, theirs[:, :PANEL], atol=1e-4)
 
 
 # A store that lacks genes ------------------------------------------------------------------------

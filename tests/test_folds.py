@@ -19,7 +19,7 @@ from brstnet.training.fitted import (
     column_mean_std,
     fit_statistics,
     image_statistics,
-    targets,
+    target_scale,
     training_rows,
     transform,
 )
@@ -311,11 +311,22 @@ def test_targets_by_hand() -> None:
     assert counts.toarray().tolist() == [[3, 0, 9], [0, 7, 1]]  # raw counts stay raw
 
 
-def test_targets_use_the_training_median_for_everyone(demo_store: Store, fitted: Fitted) -> None:
-    counts = sparse.csr_matrix([[5, 1]])
-    one = targets(fitted, counts, np.array([2 * fitted.median_total]))
-    assert one.dtype == np.float32
-    np.testing.assert_allclose(one, np.log1p([[2.5, 0.5]]), rtol=1e-6)
+def test_targets_use_the_training_median_for_everyone(fitted: Fitted) -> None:
+    totals = np.array([2.0, 0.5, 1.0]) * fitted.median_total
+    np.testing.assert_allclose(fitted.count_scale(totals), [0.5, 2, 1])
+    as_counted = dataclasses.replace(fitted, target="log_counts")
+    assert as_counted.count_scale(totals).tolist() == [1, 1, 1]
+
+
+def test_output_times_scale_plus_shift_is_log_units(fitted: Fitted) -> None:
+    before, main = fitted.genes.copy(), fitted.main_genes
+    shift, scale = target_scale(fitted, "standardised")
+    np.testing.assert_array_equal(shift, fitted.genes["mean"].astype(np.float32))
+    np.testing.assert_array_equal(scale, fitted.genes["std"].astype(np.float32))
+    in_log = target_scale(fitted, "log")
+    np.testing.assert_array_equal(in_log[0], [*shift[:main], *[0] * fitted.aux_genes])
+    np.testing.assert_array_equal(in_log[1], [*scale[:main], *[1] * fitted.aux_genes])
+    assert fitted.genes.equals(before)
 
 
 # The leak gate -----------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def write_section(
     kept = (spots["status"] == "kept").to_numpy()
     corner_N2 = corners(spots[kept], settings.window_px)
     if target is not None:
-        image = stain.normalise(image, target)
+        image = stain.normalise(image, target, lightness=settings.luminosity == "both")
     white = white_fraction(white_mask(image), corner_N2, settings.window_px)
     patches = cut(image, corner_N2, settings.window_px, settings.input_px)
     _write_patches(folder / "patches.npy", patches)

@@ -93,12 +93,14 @@ def normalise(
     target: StainTarget,
     *,
     source_matrix: Float | None = None,
+    lightness: bool = True,
     out: UInt8 | None = None,
 ) -> UInt8:
     """Return a (H, W, 3) RGB image with its lightness standardised and the target's stains.
 
-    `source_matrix` holds the (2, 3) stains of the image once standardised; None fits them. `out` is
-    written and returned; `image` itself saves a copy. Raises ValueError as `fit_target`.
+    `source_matrix` holds the (2, 3) stains of the image once standardised; None fits them. Without
+    `lightness` that of the image stays as it is (the authors' code). `out` is written and returned;
+    `image` itself saves a copy. Raises ValueError as `fit_target`.
     """
     _check_image(image)
     if source_matrix is not None:
@@ -107,11 +109,12 @@ def normalise(
     if out.shape != image.shape or out.dtype != np.uint8:
         raise ValueError(f"out must be uint8 {image.shape}, got {out.dtype} {out.shape}")
     if target.method == "staintools":
-        out[...] = _transform_with_staintools(image, target, source_matrix)
+        out[...] = _transform_with_staintools(image, target, source_matrix, lightness=lightness)
         return out
     code_K, rgb_K3, pixels_K = count_colours(image)
     with threadpool_limits(limits=1, user_api="blas"):
-        rgb_K3 = standardise_lightness(rgb_K3, pixels_K)
+        if lightness:
+            rgb_K3 = standardise_lightness(rgb_K3, pixels_K)
         _, conc_K2, maxima = _fit_colours(rgb_K3, pixels_K, source_matrix)
         conc_K2 *= target.max_concentrations / maxima
         rgb_K3 = (255 * np.exp(-conc_K2 @ target.stain_matrix)).astype(np.uint8)
@@ -265,8 +268,10 @@ def _fit_with_staintools(image: UInt8) -> StainTarget:
     return StainTarget(method="staintools", stain_matrix=matrix, max_concentrations=maxima)
 
 
-def _transform_with_staintools(image: UInt8, target: StainTarget, matrix: Float | None) -> UInt8:
-    normaliser, standardised = _staintools(image)
+def _transform_with_staintools(
+    image: UInt8, target: StainTarget, matrix: Float | None, *, lightness: bool
+) -> UInt8:
+    normaliser, standardised = _staintools(image, lightness=lightness)
     normaliser.stain_matrix_target = target.stain_matrix
     normaliser.maxC_target = target.max_concentrations.reshape(1, 2)
     if matrix is None:
@@ -280,14 +285,14 @@ def _transform_with_staintools(image: UInt8, target: StainTarget, matrix: Float 
         raise ValueError(TOO_LITTLE_STAIN.format(maxima="0")) from fault
 
 
-def _staintools(image: UInt8) -> tuple[Any, UInt8]:
+def _staintools(image: UInt8, *, lightness: bool = True) -> tuple[Any, UInt8]:
     """Return the library's Vahadane normaliser and the image with its lightness standardised."""
     try:
         import staintools
     except ImportError as fault:
         message = "stain method 'staintools' needs the library: pip install brstnet[staintools]"
         raise ImportError(message) from fault
-    standardised = staintools.LuminosityStandardizer.standardize(image)
+    standardised = staintools.LuminosityStandardizer.standardize(image) if lightness else image
     tissue_mask(standardised.reshape(-1, 3))
     return staintools.StainNormalizer("vahadane"), standardised
 

@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from brstnet.config import Prepare
 from brstnet.data.store import Store
 from brstnet.training import checkpoint
 from brstnet.training.batches import Units, load_spots
@@ -96,8 +97,10 @@ def check_store(member: Checkpoint, store: Store) -> None:
     Raises:
         ValueError: window or input size differ.
     """
-    for key in ("window_px", "input_px", "stain"):
-        trained, here = member.facts["store"]["prepare"][key], store.index["prepare"][key]
+    for key in ("window_px", "input_px", "stain", "luminosity"):
+        before = getattr(Prepare(), key)  # what stores did that do not say it yet
+        trained = member.facts["store"]["prepare"].get(key, before)
+        here = store.index["prepare"].get(key, before)
         if trained != here:
             raise ValueError(
                 f"{store.path}: prepared with {key} {here}, but {member.path} was trained on "
