@@ -9,7 +9,8 @@ STORE/<section>/ledger.parquet  every raw spot: kept, or the reason it was not
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ class Store:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        self._at_hand: dict[str, anndata.AnnData] | None = None
         self.index = read_index(self.path)
         names = [f"{e['section']}/{name}" for e in self.index["sections"] for name in SECTION_FILES]
         for name in ("genes.parquet", *names):
@@ -118,8 +120,21 @@ class Store:
         """Every raw spot of a section, with `status` kept or the reason it was not."""
         return pd.read_parquet(self.path / section / "ledger.parquet")
 
+    @contextmanager
+    def read_once(self) -> Iterator[None]:
+        """Within, the counts of a section are read from disk once and kept in memory."""
+        self._at_hand = {}
+        try:
+            yield
+        finally:
+            self._at_hand = None
+
     def _adata(self, section: str) -> anndata.AnnData:
-        return anndata.read_h5ad(self.path / section / "spots.h5ad")
+        if self._at_hand is None:
+            return anndata.read_h5ad(self.path / section / "spots.h5ad")
+        if section not in self._at_hand:
+            self._at_hand[section] = anndata.read_h5ad(self.path / section / "spots.h5ad")
+        return self._at_hand[section]
 
     def verify(self) -> list[str]:
         """Read every file and compare it with its hash; the names of those that differ."""

@@ -117,9 +117,17 @@ def prepare_task(
     Raises:
         ValueError: the fold is empty, the batch does not divide over the workers, there is a leak.
     """
-    here, training = distributed.world(), settings.training
-    _check(store, training, here)
+    _check(store, settings.training, distributed.world())
     fold = pick_fold(make_folds(store, settings.protocol), number)
+    with store.read_once():
+        task, model = _assemble(store, settings, fold, device)
+    return freeze(task, model, store) if settings.training.frozen else (task, model)
+
+
+def _assemble(
+    store: Store, settings: Settings, fold: Fold, device: torch.device
+) -> tuple[Task, BrSTNet]:
+    training, here = settings.training, distributed.world()
     fitted = fit_statistics(store, fold, settings)
     report = leak_gate(store, fold, fitted, settings.protocol)
     torch.manual_seed(training.seed)
@@ -127,23 +135,18 @@ def prepare_task(
     if training.image_statistics == "weights":
         mean, std = colours(backbone)
         fitted = replace(fitted, image_mean=mean, image_std=std)
-    model = with_heads(backbone, training, fitted).to(device)
+    precision = choose_precision(training, device)
+    allowed = training_rows(store.spots(fold.train), settings.protocol)
     task = Task(
         settings=settings,
         fold=fold,
         fitted=fitted,
         units=Units.of(fitted, training, device),
-        train=load_spots(
-            store,
-            fold.train,
-            fitted,
-            device,
-            rows=training_rows(store.spots(fold.train), settings.protocol),
-        ),
+        train=load_spots(store, fold.train, fitted, device, rows=allowed),
         validation=load_spots(store, fold.validation, fitted, device),
         patients=tuple(store.sections[name]["patient"] for name in fold.validation),
         device=device,
-        precision=(precision := choose_precision(training, device)),
+        precision=precision,
         here=here,
         backbone=None,
         facts={
@@ -152,7 +155,7 @@ def prepare_task(
             "machine": checkpoint.machine(device, precision, here.size),
         },
     )
-    return freeze(task, model, store) if training.frozen else (task, model)
+    return task, with_heads(backbone, training, fitted).to(device)
 
 
 def _check(store: Store, training: Training, here: distributed.World) -> None:
