@@ -5,7 +5,9 @@
 
 Each number of workers trains real epochs (`train_epoch` under DDP) on the same store, and all take
 turns for `--rounds`. Efficiency is patches a second over the workers times those of one worker of
-the same round. `apart` is what the machine can do: as many processes, each training for itself.
+the same round. `apart` is what the machine can do: as many processes, each training for itself, a
+GPU each; `packed` is the same on one GPU, as a sweep's trials with a fraction of it
+(`gpus_per_worker: 0.5`) are.
 """
 
 import argparse
@@ -29,10 +31,13 @@ from brstnet.training.epoch import train_epoch
 from brstnet.training.task import Progress, prepare_task
 from brstnet.training.train import start
 
+ALONE = ("apart", "packed")
+"""Kinds whose processes do not know of each other."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One measurement: `kind` is weak, strong or apart, `batch` the global one of a training."""
+    """One measurement: its `kind` (see above), and the global `batch` of a training."""
 
     kind: str
     workers: int
@@ -47,8 +52,9 @@ class Plan:
 def work(rank: int, plan: Plan, port: int) -> None:
     """One worker: warm up, time an epoch, write patches a second of the training it is in."""
     torch.set_num_threads(plan.threads)
-    device = torch.device(plan.device, rank) if plan.device == "cuda" else torch.device("cpu")
-    if plan.kind != "apart":
+    index = rank if plan.kind == "apart" else 0
+    device = torch.device(plan.device, index) if plan.device == "cuda" else torch.device("cpu")
+    if plan.kind not in ALONE:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
         os.environ |= {"WORLD_SIZE": str(plan.workers), "LOCAL_RANK": str(rank)}
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -77,13 +83,14 @@ def patches_per_second(plan: Plan) -> float:
     mp.spawn(work, (plan, port), nprocs=plan.workers)
     files = [plan.store.parent / f"speed_{rank}.json" for rank in range(plan.workers)]
     speeds = [float(json.loads(file.read_text())) for file in files]
-    return sum(speeds) if plan.kind == "apart" else speeds[0]
+    return sum(speeds) if plan.kind in ALONE else speeds[0]
 
 
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--kinds", nargs="+", default=["apart", "weak", "strong"])
     parser.add_argument("--backbone", default="efficientnet_b0")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=16, help="of one worker")
@@ -96,7 +103,7 @@ def main() -> None:
         store = make_store(Path(scratch))
         for _ in range(args.rounds):
             for workers in args.workers:
-                for kind in ("apart", "weak", "strong"):
+                for kind in args.kinds:
                     batch = args.batch * (workers if kind == "weak" else 1)
                     plan = Plan(
                         kind=kind,

@@ -17,7 +17,7 @@ from brstnet.training.checkpoint import Checkpoint
 from brstnet.training.epoch import EVAL_BATCH
 from brstnet.training.fitted import target_scale
 from brstnet.training.keep import finished
-from brstnet.training.model import choose_precision
+from brstnet.training.model import choose_precision, fit_to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +116,7 @@ def predict(member: Checkpoint, store: Store, sections: Sequence[str]) -> pd.Dat
     spots = load_spots(store, sections, member.fitted, device)
     units = Units.of(member.fitted, member.settings.training, device)
     precision = choose_precision(member.settings.training, device)
+    fit_to(member.model, device, precision)
     parts = []
     for rows_B in torch.from_numpy(spots.rows).to(device).split(EVAL_BATCH):
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):

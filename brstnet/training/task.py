@@ -25,6 +25,7 @@ from brstnet.training.model import (
     build_backbone,
     choose_precision,
     colours,
+    fit_to,
     with_heads,
 )
 from brstnet.training.optim import Rate
@@ -137,6 +138,8 @@ def _assemble(
         fitted = replace(fitted, image_mean=mean, image_std=std)
     precision = choose_precision(training, device)
     allowed = training_rows(store.spots(fold.train), settings.protocol)
+    model = with_heads(backbone, training, fitted).to(device)
+    fit_to(model, device, precision)
     task = Task(
         settings=settings,
         fold=fold,
@@ -155,7 +158,7 @@ def _assemble(
             "machine": checkpoint.machine(device, precision, here.size),
         },
     )
-    return task, with_heads(backbone, training, fitted).to(device)
+    return task, model
 
 
 def _check(store: Store, training: Training, here: distributed.World) -> None:
