@@ -98,7 +98,7 @@ class PlainLoop:
             self.batches = iter(self.loader)
             drawn = next(self.batches)
         x, y = (part.to(self.device) for part in drawn)
-        main, aux = self.model(x)
+        main, aux, _ = self.model(x)
         genes = main.shape[1]
         loss = F.mse_loss(main, y[:, :genes])
         if aux is not None:

@@ -76,7 +76,7 @@ def bare_arm(run: Run) -> Arm:
     task = run.task
     rows_B = torch.from_numpy(task.train.rows[: task.training.batch_size]).to(task.device)
     batch = task.train.batch(rows_B, torch.zeros_like(rows_B))
-    x, y_BG = task.units.input(batch), task.units.target(batch)
+    x, y_BG = task.units.input(batch), task.units.goal(batch)
 
     def take(steps: int) -> None:
         run.network.train()

@@ -143,6 +143,10 @@ class Training:
         auxnet: predict all other genes by a second linear head (AuxNet).
         aux_weight: lambda in loss = main + lambda * auxiliary (paper: 40, code: 1).
         aux_target: auxiliary targets standardised per gene, or log1p only (code).
+        depth: `kept` learns targets as they are (paper). `nuisance` takes out of each target the
+            line on the log of the spot's total count that its training spots give, learns the rest,
+            and that depth with an output of its own; a prediction is the rest plus the line at the
+            predicted depth.
         dropout: share of the pooled feature that is dropped in training.
         drop_path: stochastic depth, the share at the deepest block (where the backbone has it).
         optimizer: SGD (paper), or AdamW, which leaves biases and norms undecayed.
@@ -167,6 +171,7 @@ class Training:
             `fixed` runs all epochs.
         patience: early: in epochs (paper preset: 20).
         input_px: patches are shrunk to this side on the device; null keeps the store's.
+        views: 8 validates and predicts with the mean over a patch's symmetries, 1 as it lies.
         precision: auto takes what was measured to be fastest for device and backbone.
         engine: how a step is run. `eager` launches kernel after kernel; `graph` records a whole
             step as a CUDA graph and replays it; `compile` is torch.compile. auto is `eager` on the
@@ -182,6 +187,7 @@ class Training:
     auxnet: bool = True
     aux_weight: float = 40.0
     aux_target: Literal["standardised", "log"] = "standardised"
+    depth: Literal["kept", "nuisance"] = "kept"
     dropout: float = 0.0
     drop_path: float = 0.0
     optimizer: Literal["sgd", "adamw"] = "sgd"
@@ -203,6 +209,7 @@ class Training:
     stopping: Literal["early", "fixed"] = "early"
     patience: int = 20
     input_px: int | None = None
+    views: Literal[1, 8] = 1
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     engine: Literal["auto", "eager", "graph", "compile"] = "auto"
     seed: int = 0

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from brstnet.config import Prepare
 from brstnet.data.store import Store
 from brstnet.training import checkpoint
-from brstnet.training.batches import Units, load_spots
+from brstnet.training.batches import Units, load_spots, turn
 from brstnet.training.checkpoint import Checkpoint
 from brstnet.training.epoch import EVAL_BATCH
 from brstnet.training.fitted import target_scale
@@ -119,10 +119,13 @@ def predict(member: Checkpoint, store: Store, sections: Sequence[str]) -> pd.Dat
     fit_to(member.model, device, precision)
     parts = []
     for rows_B in torch.from_numpy(spots.rows).to(device).split(EVAL_BATCH):
-        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            main, aux = member.model(units.image(spots.patches(rows_B)))
-        heads = [main] if aux is None else [main, aux]
-        parts.append(torch.cat(heads, dim=1).float().cpu().numpy())
+        x_BHWC = spots.patches(rows_B)
+        preds = []
+        for view in range(member.settings.training.views):
+            x_BCHW = units.image(turn(x_BHWC, torch.full_like(rows_B, view)))
+            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+                preds.append(units.whole(member.model(x_BCHW)))
+        parts.append(torch.stack(preds).mean(0).cpu().numpy())
     shift, scale = target_scale(member.fitted, member.settings.training.aux_target)
     return pd.DataFrame(np.concatenate(parts) * scale + shift, columns=member.fitted.genes.index)
 

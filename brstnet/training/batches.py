@@ -17,6 +17,7 @@ from torch import Tensor
 from brstnet.config import Training
 from brstnet.data.store import Store
 from brstnet.training.fitted import Fitted, target_scale
+from brstnet.training.model import Outputs
 
 SHARE_OF_FREE_MEMORY = 0.6
 """Patches stay on the GPU if they take less of its free memory; the rest is for the model."""
@@ -34,13 +35,15 @@ class Batch:
 
     `x` are patches, uint8 (B, H, W, C), or cached features, float32 (B, F); `symmetry_B` says how
     each patch is turned (None: not at all); `counts_BG` are raw counts, in the order of the model's
-    outputs, and `scale_B` what they are multiplied by before the logarithm.
+    outputs, `scale_B` what they are multiplied by before the logarithm, `depth_B` the standardised
+    log of the spots' totals.
     """
 
     x: Tensor
     symmetry_B: Tensor | None
     counts_BG: Tensor
     scale_B: Tensor
+    depth_B: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +53,8 @@ class Spots:
     `maps` are the patches as they lie in the store, one uint8 (n, H, W, 3) a section, `first` the
     row at which each begins; `resident` is all of them on the device, if they fit. Where a frozen
     backbone has seen them all, `features_VNF` takes their place. `rows` (M,) are the rows that may
-    be drawn, `counts_NG` and `scale_N` the raw counts and their factor of every row, `section_N`
-    the number of the section of every row.
+    be drawn; of every row `counts_NG`, `scale_N` and `depth_N` are what a batch has of them, and
+    `section_N` is the number of its section.
     """
 
     maps: Sequence[np.ndarray]
@@ -61,6 +64,7 @@ class Spots:
     rows: np.ndarray
     counts_NG: Tensor
     scale_N: Tensor
+    depth_N: Tensor
     section_N: np.ndarray
     device: torch.device
 
@@ -78,8 +82,15 @@ class Spots:
         else:
             view = torch.zeros_like(rows_B) if symmetry_B is None else symmetry_B
             x, turns = self.features_VNF[view, rows_B], None
+        return self._with_counts(x, turns, rows_B)
+
+    def _with_counts(self, x: Tensor, symmetry_B: Tensor | None, rows_B: Tensor) -> Batch:
         return Batch(
-            x=x, symmetry_B=turns, counts_BG=self.counts_NG[rows_B], scale_B=self.scale_N[rows_B]
+            x=x,
+            symmetry_B=symmetry_B,
+            counts_BG=self.counts_NG[rows_B],
+            scale_B=self.scale_N[rows_B],
+            depth_B=self.depth_N[rows_B],
         )
 
     def feed(self, rows_SB: np.ndarray, symmetry_SB: np.ndarray) -> Iterator[Batch]:
@@ -100,12 +111,7 @@ class Spots:
                     waiting.append(pool.submit(self._send, rows_SB[step], stream))
                 if step >= AHEAD:
                     sent, now = waiting.popleft().result(), step - AHEAD
-                    yield Batch(
-                        x=_arrived(*sent),
-                        symmetry_B=symmetry[now],
-                        counts_BG=self.counts_NG[rows[now]],
-                        scale_B=self.scale_N[rows[now]],
-                    )
+                    yield self._with_counts(_arrived(*sent), symmetry[now], rows[now])
 
     def _send(self, rows: np.ndarray, stream: torch.cuda.Stream | None) -> Sent:
         batch = self._gathered(rows)
@@ -155,7 +161,8 @@ def load_spots(
     columns = store.genes.index.get_indexer(fitted.genes.index)
     counts = store.counts(sections)[:, columns]
     small = counts.max() <= np.iinfo(np.int16).max if counts.nnz else True
-    scale = fitted.count_scale(spots["total_counts"].to_numpy(float)).astype(np.float32)
+    totals = spots["total_counts"].to_numpy(float)
+    scale, depth = fitted.count_scale(totals), fitted.depth(totals)
     maps = [store.patches(name) for name in sections]
     lengths = [len(m) for m in maps]
     return Spots(
@@ -166,7 +173,8 @@ def load_spots(
         counts_NG=torch.from_numpy(
             counts.astype(np.int16 if small else np.int32).toarray()  # a quarter of float64's room
         ).to(device),
-        scale_N=torch.from_numpy(scale).to(device),
+        scale_N=torch.from_numpy(scale.astype(np.float32)).to(device),
+        depth_N=torch.from_numpy(depth.astype(np.float32)).to(device),
         section_N=np.repeat(np.arange(len(maps)), lengths),
         device=device,
     )
@@ -214,24 +222,34 @@ class Units:
 
     Constants of a fold: image mean and deviation of each channel (1, C, 1, 1) in levels of 0..255,
     target mean and deviation of each output (G,) in log units; `input_px` is the side that patches
-    are shrunk to, or None.
+    are shrunk to, or None. Where depth is a nuisance, `depth_slope_G` is how each standardised
+    target follows the depth head's output, and `depth_scale` that output's deviation: the root mean
+    square over the main genes of what depth does to them, so that its error counts as it will in
+    their predictions.
     """
 
     image_mean: Tensor
     image_std: Tensor
     target_mean_G: Tensor
     target_std_G: Tensor
+    depth_slope_G: Tensor | None
+    depth_scale: float
     input_px: int | None
 
     @classmethod
     def of(cls, fitted: Fitted, training: Training, device: torch.device) -> "Units":
         """The units of a fold."""
         mean, std = target_scale(fitted, training.aux_target)
+        slope = fitted.genes["depth_slope"].to_numpy(np.float32) * fitted.depth_std / std
+        scale = float(np.sqrt(np.mean(slope[: fitted.main_genes] ** 2))) or 1.0
+        nuisance = training.depth == "nuisance"
         return cls(
             image_mean=torch.tensor(fitted.image_mean, device=device).view(1, 3, 1, 1) * 255,
             image_std=torch.tensor(fitted.image_std, device=device).view(1, 3, 1, 1) * 255,
             target_mean_G=torch.from_numpy(mean).to(device),
             target_std_G=torch.from_numpy(std).to(device),
+            depth_slope_G=torch.from_numpy(slope / scale).to(device) if nuisance else None,
+            depth_scale=scale,
             input_px=training.input_px,
         )
 
@@ -254,6 +272,22 @@ class Units:
         """Standardised targets, float32 (B, G)."""
         y_BG = torch.log1p(batch.counts_BG * batch.scale_B[:, None])
         return (y_BG - self.target_mean_G) / self.target_std_G
+
+    def goal(self, batch: Batch) -> Tensor:
+        """What the outputs learn, (B, G): the targets; or (B, G + 1): their rest, and the depth."""
+        y_BG = self.target(batch)
+        if self.depth_slope_G is None:
+            return y_BG
+        depth_B1 = batch.depth_B[:, None] * self.depth_scale
+        return torch.cat([y_BG - depth_B1 * self.depth_slope_G, depth_B1], dim=1)
+
+    def whole(self, outputs: Outputs) -> Tensor:
+        """Predicted standardised targets (B, G) of what the heads gave."""
+        main, aux, depth_B1 = outputs
+        pred_BG = main if aux is None else torch.cat([main, aux], dim=1)
+        if depth_B1 is None or self.depth_slope_G is None:
+            return pred_BG
+        return pred_BG + depth_B1 * self.depth_slope_G
 
 
 def turn(x_BHWC: Tensor, symmetry_B: Tensor) -> Tensor:

@@ -282,6 +282,8 @@ def _fitted(path: Path, facts: Mapping[str, Any]) -> Fitted:
         genes=pd.read_parquet(path / "genes.parquet"),
         target=facts["target"],
         median_total=facts["median_total"],
+        depth_mean=facts.get("depth_mean", 0.0),
+        depth_std=facts.get("depth_std", 1.0),
         image_mean=_three(facts["image_mean"]),
         image_std=_three(facts["image_std"]),
         sections=tuple(facts["sections"]),

@@ -98,18 +98,30 @@ def validate(task: Task, model: nn.Module) -> tuple[float, list[metrics.Moments]
         part = metrics.Moments(0, zero_G, zero_G, zero_G, zero_G, zero_G)
         rows = spots.rows[spots.section_N[spots.rows] == number][task.here.rank :: task.here.size]
         for start in range(0, len(rows), EVAL_BATCH):  # a small section may have none for this rank
-            batch = spots.batch(torch.from_numpy(rows[start : start + EVAL_BATCH]).to(task.device))
-            y_BG = task.units.target(batch)
-            with torch.autocast(
-                task.device.type, task.precision, enabled=task.precision != torch.float32
-            ):
-                main, aux, pred_BG = loss_parts(model, task.units.input(batch), y_BG)
-            loss += (main + task.training.aux_weight * aux) * len(y_BG)
+            rows_B = torch.from_numpy(rows[start : start + EVAL_BATCH]).to(task.device)
+            batch_loss, pred_BG = predict_batch(task, model, rows_B)
+            loss += batch_loss * len(rows_B)
+            y_BG = task.units.target(spots.batch(rows_B))
             found = metrics.moments(pred_BG[:, panel_G].double(), y_BG[:, panel_G].double())
             part = metrics.merge(part, found)
         sections.append(distributed.merge_everywhere(part, task.here))
     mean_loss = float(distributed.total(loss, task.here)) / len(spots.rows)
     return mean_loss, [_on_host(m) for m in sections]
+
+
+def predict_batch(task: Task, model: nn.Module, rows_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss and standardised predictions (B, G) of validation spots, the mean over the views."""
+    units, views = task.units, task.training.views
+    losses, preds = [], []
+    for view in range(views):
+        batch = task.validation.batch(rows_B, torch.full_like(rows_B, view) if view else None)
+        with torch.autocast(
+            task.device.type, task.precision, enabled=task.precision != torch.float32
+        ):
+            main, aux, outputs = loss_parts(model, units.input(batch), units.goal(batch))
+        losses.append(main + task.training.aux_weight * aux)
+        preds.append(units.whole(outputs))
+    return torch.stack(losses).mean(), torch.stack(preds).mean(0)
 
 
 def _on_host(m: metrics.Moments) -> metrics.Moments:

@@ -26,12 +26,15 @@ class Fitted:
     `genes` has a row per predicted gene, in the order of the model's outputs (main head, then
     AuxNet's): index gene id; symbol; role (main or aux); panel (is it scored?); mean_count (raw, on
     the training spots); mean, std (of the target); depth_slope, depth_intercept (target as a linear
-    function of the log of the spot's total counts: the depth control's predictor).
+    function of the log of the spot's total counts, its depth: the depth control's predictor).
+    `depth_mean` and `depth_std` are those of the training spots' depth.
     """
 
     genes: pd.DataFrame
     target: str
     median_total: float
+    depth_mean: float = 0.0
+    depth_std: float = 1.0
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
     sections: tuple[str, ...]
@@ -51,11 +54,18 @@ class Fitted:
         """What raw counts are multiplied by before the logarithm, (N,): 1 for log_counts."""
         return count_scale(totals, self.target, self.median_total)
 
+    def depth(self, totals: np.ndarray) -> np.ndarray:
+        """Depth of spots with these totals (N,), standardised as on the training spots."""
+        depth: np.ndarray = (np.log1p(totals) - self.depth_mean) / self.depth_std
+        return depth
+
     def facts(self) -> dict[str, Any]:
         """Everything but the gene table, for JSON."""
         return {
             "target": self.target,
             "median_total": self.median_total,
+            "depth_mean": self.depth_mean,
+            "depth_std": self.depth_std,
             "image_mean": list(self.image_mean),
             "image_std": list(self.image_std),
             "sections": list(self.sections),
@@ -140,10 +150,13 @@ def fit_statistics(store: Store, fold: Fold, settings: Settings) -> Fitted:
         depth_intercept=intercept,
     )
     image_mean, image_std = image_statistics(store, fold.train, rows)
+    depth = np.log1p(totals)
     return Fitted(
         genes=genes,
         target=protocol.target,
         median_total=median_total,
+        depth_mean=float(depth.mean()),
+        depth_std=float(depth.std()) or 1.0,
         image_mean=image_mean,
         image_std=image_std,
         sections=fold.train,

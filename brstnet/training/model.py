@@ -8,7 +8,7 @@ import pickle
 import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import timm
@@ -34,14 +34,29 @@ SOURCES = ("hf-hub:", "local-dir:")
 """Where timm finds an encoder that brings its own configuration."""
 
 
+class Outputs(NamedTuple):
+    """Of the main genes (B, G); of the auxiliary ones (B, A) or None; the depth (B, 1) or None."""
+
+    main: Tensor
+    aux: Tensor | None
+    depth: Tensor | None
+
+
 class BrSTNet(nn.Module):
     """A backbone with a linear main head and, on the same pooled feature, AuxNet (paper, Fig. 1).
 
-    AuxNet is there when there are auxiliary genes to predict, whatever their weight in the loss.
+    AuxNet is there when there are auxiliary genes to predict, whatever their weight in the loss; a
+    depth head where the depth is a nuisance.
     """
 
     def __init__(
-        self, backbone: nn.Module, main_genes: int, aux_genes: int, dropout: float = 0.0
+        self,
+        backbone: nn.Module,
+        main_genes: int,
+        aux_genes: int,
+        *,
+        dropout: float = 0.0,
+        depth: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -49,13 +64,18 @@ class BrSTNet(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.main = nn.Linear(features, main_genes)
         self.aux = nn.Linear(features, aux_genes) if aux_genes else None
+        self.depth = nn.Linear(features, 1) if depth else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Standardised targets of the main genes (B, G) and the auxiliary ones (B, A) or None."""
+    def forward(self, x: Tensor) -> Outputs:
+        """What the heads say of standardised patches (B, C, H, W); see `Units.whole`."""
         feature_BF = self.dropout(self.backbone(x))
         with torch.autocast(x.device.type, enabled=False):  # predictions in full precision
             feature_BF = feature_BF.to(self.main.weight.dtype)
-            return self.main(feature_BF), None if self.aux is None else self.aux(feature_BF)
+            return Outputs(
+                self.main(feature_BF),
+                None if self.aux is None else self.aux(feature_BF),
+                None if self.depth is None else self.depth(feature_BF),
+            )
 
 
 class Seen(nn.Identity):
@@ -186,7 +206,13 @@ def build_model(training: Training, fitted: Fitted, input_px: int) -> BrSTNet:
 
 def with_heads(backbone: nn.Module, training: Training, fitted: Fitted) -> BrSTNet:
     """A backbone with the heads that a fold's genes ask for, in channels_last."""
-    model = BrSTNet(backbone, fitted.main_genes, fitted.aux_genes, training.dropout)
+    model = BrSTNet(
+        backbone,
+        fitted.main_genes,
+        fitted.aux_genes,
+        dropout=training.dropout,
+        depth=training.depth == "nuisance",
+    )
     return model.to(memory_format=torch.channels_last)
 
 

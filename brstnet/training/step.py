@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from brstnet.config import Training
 from brstnet.training.batches import Batch, Units
+from brstnet.training.model import Outputs
 
 Learn = Callable[[Batch], Tensor]
 """Takes a step on a batch and gives its loss, on the device."""
@@ -28,25 +29,34 @@ AGREE = 0.05
 in another order each time, while a step that misses its input or its rate is off by 1 or more."""
 
 
-def loss_parts(model: nn.Module, x: Tensor, y_BG: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Forward pass: mean squared error of main and auxiliary genes, and all predictions (B, G).
+def loss_parts(model: nn.Module, x: Tensor, goal: Tensor) -> tuple[Tensor, Tensor, Outputs]:
+    """Forward pass: mean squared error of main and auxiliary genes, and the outputs.
 
-    The paper calls its loss cross-entropy, which is undefined for real-valued targets; the authors'
-    code uses the mean squared error.
+    A depth head's error counts among the main genes' (`Units` has its scale). The paper calls its
+    loss cross-entropy, which is undefined for real-valued targets; the authors' code uses the mean
+    squared error.
+
+    Args:
+        model: the network.
+        x: its input.
+        goal: `Units.goal`, (B, G) or (B, G + 1).
     """
-    main, aux = model(x)
-    split = main.shape[1]
-    main_loss = F.mse_loss(main, y_BG[:, :split])
+    outputs: Outputs = model(x)
+    main, aux, depth_B1 = outputs
+    split, end = main.shape[1], main.shape[1] + (0 if aux is None else aux.shape[1])
+    main_loss = F.mse_loss(main, goal[:, :split])
+    if depth_B1 is not None:
+        main_loss = main_loss + F.mse_loss(depth_B1, goal[:, end:])
     if aux is None:
-        return main_loss, torch.zeros_like(main_loss), main
-    return main_loss, F.mse_loss(aux, y_BG[:, split:]), torch.cat([main, aux], dim=1)
+        return main_loss, torch.zeros_like(main_loss), outputs
+    return main_loss, F.mse_loss(aux, goal[:, split:end]), outputs
 
 
 def train_step(
     model: nn.Module,
     optimizer: Optimizer,
     x: Tensor,
-    y_BG: Tensor,
+    goal: Tensor,
     aux_weight: float,
     precision: torch.dtype,
     micro_batch: int | None = None,
@@ -59,7 +69,7 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=x.device)
     parts = list(
-        zip(x.split(micro_batch or len(x)), y_BG.split(micro_batch or len(x)), strict=True)
+        zip(x.split(micro_batch or len(x)), goal.split(micro_batch or len(x)), strict=True)
     )
     for number, (part, y) in enumerate(parts, 1):
         with torch.autocast(x.device.type, precision, enabled=precision != torch.float32):
@@ -94,7 +104,7 @@ def eager(
             model,
             optimizer,
             units.input(batch),
-            units.target(batch),
+            units.goal(batch),
             training.aux_weight,
             precision,
             micro_batch,
@@ -170,6 +180,7 @@ def _record(learn: Learn, batch: Batch) -> Learn:
         symmetry_B=None if batch.symmetry_B is None else batch.symmetry_B.clone(),
         counts_BG=batch.counts_BG.clone(),
         scale_B=batch.scale_B.clone(),
+        depth_B=batch.depth_B.clone(),
     )
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
