@@ -171,7 +171,8 @@ class Training:
             `fixed` runs all epochs.
         patience: early: in epochs (paper preset: 20).
         input_px: patches are shrunk to this side on the device; null keeps the store's.
-        views: 8 validates and predicts with the mean over a patch's symmetries, 1 as it lies.
+        views: 8 predicts with the mean over a patch's symmetries, 1 as it lies; so is validated,
+            but with `stopping: fixed` in the last epoch alone, whose score is the fold's.
         precision: auto takes what was measured to be fastest for device and backbone.
         engine: how a step is run. `eager` launches kernel after kernel; `graph` records a whole
             step as a CUDA graph and replays it; `compile` is torch.compile. auto is `eager` on the

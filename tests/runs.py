@@ -16,8 +16,6 @@ from brstnet.training.keep import FitResult
 from brstnet.training.train import fit
 
 CPU = torch.device("cpu")
-SPOTS = 45
-"""Training spots of the demo store's fold 0 that are not too white."""
 
 
 class Stop(Exception):

@@ -16,6 +16,7 @@ from brstnet.training import batches
 from brstnet.training.batches import Batch, Spots, Units, epoch_plan, load_spots, turn
 from brstnet.training.fitted import Fitted, fit_statistics, training_rows, transform
 from brstnet.training.folds import Fold, make_folds
+from brstnet.training.model import Outputs
 
 CPU = torch.device("cpu")
 
@@ -284,6 +285,34 @@ def test_an_error_in_the_consumer_or_in_the_gathering_ends_the_feed(
     with pytest.raises(OSError, match="the disk is gone"):
         list(spots.feed(*plan(spots)))
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("depth", ["kept", "nuisance"])
+def test_a_goal_that_is_met_is_the_target(fitted: Fitted, spots: Spots, depth: str) -> None:
+    """Outputs that equal the goal are put together to the target, bit for bit but for rounding."""
+    made = units(fitted, depth=depth)
+    batch = spots.batch(torch.arange(len(spots.counts_NG)))
+    goal, y_BG = made.goal(batch), made.target(batch)
+    main, end = fitted.main_genes, fitted.main_genes + fitted.aux_genes
+    assert goal.shape[1] == end + (depth == "nuisance")
+    depth_B1 = goal[:, end:] if depth == "nuisance" else None
+    whole = made.whole(Outputs(goal[:, :main], goal[:, main:end], depth_B1))
+    torch.testing.assert_close(whole, y_BG, atol=1e-5, rtol=1e-5)
+    alone = made.whole(Outputs(goal[:, :end], None, depth_B1))
+    torch.testing.assert_close(alone, y_BG, atol=1e-5, rtol=1e-5)
+
+
+def test_the_rest_of_a_target_does_not_follow_the_depth(
+    demo_store: Store, fold: Fold, fitted: Fitted, settings: Settings
+) -> None:
+    """On the training spots, where the line was fitted: numpy's correlation is zero."""
+    allowed = training_rows(demo_store.spots(fold.train), settings.protocol)
+    spots = load_spots(demo_store, fold.train, fitted, CPU, rows=allowed)
+    goal = units(fitted, depth="nuisance").goal(spots.batch(torch.from_numpy(spots.rows)))
+    rest, depth = goal[:, :-1].double().numpy(), goal[:, -1].double().numpy()
+    totals = demo_store.spots(fold.train)["total_counts"].to_numpy(float)[allowed]
+    assert abs(np.corrcoef(depth, np.log1p(totals))[0, 1]) == pytest.approx(1)
+    assert np.abs((rest * (depth - depth.mean())[:, None]).mean(axis=0)).max() < 1e-5
 
 
 def test_features_take_the_place_of_patches(spots: Spots) -> None:

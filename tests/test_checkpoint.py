@@ -1,9 +1,11 @@
 """A checkpoint stands alone, holds no pickle, and survives being killed while it is replaced."""
 
 import dataclasses
+import functools
 import json
 import shutil
-from collections.abc import Mapping
+import threading
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -16,25 +18,23 @@ from brstnet import __version__
 from brstnet.config import Settings, plain
 from brstnet.data.store import Store
 from brstnet.training import checkpoint
-from brstnet.training.batches import to_input
-from brstnet.training.train import FitResult, Run, fit, prepare_task, run_epoch, start
-
-CPU = torch.device("cpu")
+from brstnet.training.batches import Units
+from brstnet.training.keep import FitResult
+from brstnet.training.task import Run, prepare_task
+from brstnet.training.train import run_epoch, start
+from runs import CPU, Stop, same_bits, stop_after, train, weights, with_training
 
 
 class Killed(Exception):
     """What a test raises where a process might be killed."""
 
 
-def quiet(note: Mapping[str, float]) -> None:
-    """A callback that does nothing."""
-
-
 @pytest.fixture
 def run(demo_store: Store, settings: Settings, tmp_path: Path) -> Run:
     """A run after its first epoch, its checkpoints under tmp_path/run."""
-    one = start(prepare_task(demo_store, settings, 0, CPU), tmp_path / "run", 32)
+    one = start(*prepare_task(demo_store, settings, 0, CPU), tmp_path / "run")
     run_epoch(one)
+    one.saver.wait()
     return one
 
 
@@ -44,7 +44,7 @@ def whole(
 ) -> FitResult:
     """A finished fold; not to be changed."""
     out = tmp_path_factory.mktemp("whole") / "fit"
-    return fit(demo_store, settings, 0, out, device=CPU, on_epoch=quiet)
+    return train(demo_store, settings, out)
 
 
 @pytest.fixture
@@ -62,11 +62,11 @@ def test_a_loaded_model_predicts_bit_for_bit_what_the_trained_one_does(
 ) -> None:
     shutil.move(run.out / "last", tmp_path / "elsewhere")
     loaded = checkpoint.load(tmp_path / "elsewhere")
-    spots, fitted = run.task.validation, run.task.fitted
-    x_BHWC = spots.patches(torch.from_numpy(spots.rows))
+    everyone = run.task.validation.batch(torch.from_numpy(run.task.validation.rows))
+    units = Units.of(loaded.fitted, loaded.settings.training, CPU)
     with torch.inference_mode():
-        before = run.model.eval()(to_input(x_BHWC, fitted, None))
-        after = loaded.model(to_input(x_BHWC, loaded.fitted, None))
+        before = run.model.eval()(run.task.units.input(everyone))
+        after = loaded.model(units.input(everyone))
     assert not loaded.model.training
     assert torch.equal(before[0], after[0])
     assert torch.equal(before[1], after[1])
@@ -122,11 +122,85 @@ def test_a_model_that_began_from_a_file_no_longer_needs_it(
 ) -> None:
     file = tmp_path / "weights.safetensors"
     safetensors.torch.save_file(timm.create_model("test_resnet").state_dict(), file)
-    training = dataclasses.replace(settings.training, weights=str(file))
-    settings = dataclasses.replace(settings, training=training)
-    result = fit(demo_store, settings, 0, tmp_path / "fit", device=CPU, on_epoch=quiet)
+    settings = with_training(settings, weights=str(file))
+    result = train(demo_store, settings, tmp_path / "fit")
     file.unlink()
     assert checkpoint.load(result.folder).settings.training.weights == str(file)
+
+
+@pytest.mark.parametrize("by_hand", [False, True], ids=["timm's", "a configuration and weights"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_model_that_began_from_a_folder_no_longer_needs_it(
+    demo_store: Store, settings: Settings, tmp_path: Path, by_hand: bool, frozen: bool
+) -> None:
+    """An encoder as the hub has it; the folder's weights are those that training began from."""
+    torch.manual_seed(7)
+    encoder = timm.create_model("test_vit", num_classes=0, img_size=32)
+    folder, colours = tmp_path / "encoder", {"mean": [0.7, 0.5, 0.6], "std": [0.2, 0.3, 0.25]}
+    if by_hand:
+        folder.mkdir()
+        config = {
+            "architecture": "test_vit",
+            "num_features": encoder.num_features,
+            "model_args": {"img_size": 32, "num_classes": 0},
+            "pretrained_cfg": {**colours, "input_size": [3, 32, 32], "num_classes": 0},
+        }
+        (folder / "config.json").write_text(json.dumps(config))
+        safetensors.torch.save_file(encoder.state_dict(), folder / "model.safetensors")
+    else:
+        encoder.pretrained_cfg = {**encoder.pretrained_cfg, **colours}
+        args = {"img_size": 32, "num_classes": 0}
+        timm.models.save_for_hf(encoder, folder, model_args=args)
+    asked = with_training(
+        settings,
+        backbone=f"local-dir:{folder}",
+        weights="timm",
+        image_statistics="weights",
+        frozen=frozen,
+        learning_rate=1e-3,
+        epochs=1,
+    )
+    store = Store(shutil.copytree(demo_store.path, tmp_path / "store"))
+    _, model = prepare_task(store, with_training(asked, frozen=False), 0, CPU)
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(model.backbone.state_dict()[name], value), name
+    result = train(store, asked, tmp_path / "fit")
+    before = checkpoint.load(result.folder)
+    shutil.rmtree(folder)
+    after = checkpoint.load(result.folder)
+    assert after.facts["architecture"]["name"] == "test_vit"
+    assert after.fitted.image_mean == (0.7, 0.5, 0.6)
+    x_BCHW = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        assert torch.equal(after.model(x_BCHW)[0], before.model(x_BCHW)[0])
+        if frozen:
+            torch.testing.assert_close(after.model.backbone(x_BCHW), encoder.eval()(x_BCHW))
+
+
+def test_a_checkpoint_of_before_there_was_an_architecture_in_it_is_read(result: FitResult) -> None:
+    facts = checkpoint.read_facts(result.folder)
+    assert facts["architecture"]["name"] == "test_resnet"
+    before = checkpoint.load(result.folder).model.state_dict()
+    del facts["architecture"]
+    (result.folder / "checkpoint.json").write_text(json.dumps(facts))
+    after = checkpoint.load(result.folder).model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_the_weights_of_a_checkpoint_are_those_that_were_validated(
+    demo_store: Store, settings: Settings, tmp_path: Path
+) -> None:
+    """The moving average's; the weights that learn are beside the optimiser's."""
+    asked = with_training(settings, ema_decay=0.9, epochs=1)
+    run = start(*prepare_task(demo_store, asked, 0, CPU), tmp_path)
+    run_epoch(run)
+    run.saver.wait()
+    kept, state = weights(tmp_path / "last"), weights(tmp_path / "last", "optimizer")
+    for name, value in run.judged.state_dict().items():
+        assert torch.equal(kept[name], value), name
+    for name, value in run.model.state_dict().items():
+        assert torch.equal(state[f"weights.{name}"], value), name
+    assert not torch.equal(kept["main.weight"], state["weights.main.weight"])
 
 
 def test_the_validation_table_is_that_of_the_score(result: FitResult) -> None:
@@ -171,7 +245,12 @@ def test_a_setting_this_version_does_not_know_is_refused(result: FitResult) -> N
 
 
 def save_again(run: Run) -> None:
-    checkpoint.save(run.out / "last", run.model, run.task.fitted.genes, run.task.facts)
+    contents = checkpoint.Contents(
+        weights=checkpoint.on_host(run.model.state_dict()),
+        genes=run.task.fitted.genes,
+        facts=run.task.facts,
+    )
+    checkpoint.save(run.out / "last", contents)
 
 
 def test_a_replacement_killed_between_its_two_renames_is_put_back(
@@ -220,14 +299,10 @@ def test_training_goes_on_from_what_a_killed_replacement_left(
     (run.out / "last").rename(run.out / "last.old")
     (run.out / "best").rename(run.out / "best.old")
     (run.out / "last.tmp").mkdir()
-    epochs: list[Mapping[str, float]] = []
-    again = fit(demo_store, settings, 0, run.out, device=CPU, on_epoch=epochs.append)
+    epochs: list[dict[str, float]] = []
+    again = train(demo_store, settings, run.out, on_epoch=epochs.append)
     assert [note["epoch"] for note in epochs] == [1]
-    for name in ("model", "optimizer"):
-        one, other = (
-            safetensors.torch.load_file(r.folder / f"{name}.safetensors") for r in (again, result)
-        )
-        assert all(torch.equal(one[key], other[key]) for key in other)
+    assert same_bits(again.folder, result.folder, "model", "optimizer")
     assert not list(run.out.glob("*.old"))
 
 
@@ -240,11 +315,74 @@ def test_settle_finds_nothing_where_nothing_was_finished(tmp_path: Path) -> None
 def test_training_without_momentum_goes_on_as_well(
     demo_store: Store, settings: Settings, tmp_path: Path
 ) -> None:
-    training = dataclasses.replace(settings.training, momentum=0.0)
-    settings = dataclasses.replace(settings, training=training)
-    run_epoch(start(prepare_task(demo_store, settings, 0, CPU), tmp_path / "a", 32))
-    results = [
-        fit(demo_store, settings, 0, tmp_path / name, device=CPU, on_epoch=quiet) for name in "ab"
-    ]
-    one, other = (safetensors.torch.load_file(r.folder / "model.safetensors") for r in results)
-    assert all(torch.equal(one[key], other[key]) for key in other)
+    settings = with_training(settings, momentum=0.0)
+    with pytest.raises(Stop):
+        train(demo_store, settings, tmp_path / "a", on_epoch=stop_after(0))
+    one, other = (train(demo_store, settings, tmp_path / name) for name in "ab")
+    assert same_bits(one.folder, other.folder)
+
+
+@pytest.mark.parametrize("left", ["best.old", "last.old", "position.old", "position.tmp"])
+def test_what_a_killed_replacement_left_goes_with_the_next_try(
+    demo_store: Store, settings: Settings, run: Run, left: str
+) -> None:
+    """Killed while the old one was taken away: its rest must not stay in a finished fold."""
+    (run.out / left).mkdir()
+    train(demo_store, settings, run.out)
+    assert {p.name for p in run.out.iterdir()} == {"best", "last", "result.json"}
+
+
+# The saver ---------------------------------------------------------------------------------------
+
+
+def test_the_saver_writes_in_order_one_after_the_other() -> None:
+    saver, written = checkpoint.Saver(), []
+    busy = threading.Lock()
+
+    def write(number: int) -> None:
+        assert busy.acquire(blocking=False)
+        time.sleep(0.01)
+        written.append(number)
+        busy.release()
+
+    for number in range(5):
+        saver.submit(functools.partial(write, number))
+    saver.wait()
+    assert written == [0, 1, 2, 3, 4]
+
+
+def test_what_could_not_be_written_is_told_once() -> None:
+    saver, written = checkpoint.Saver(), []
+
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    saver.submit(full)
+    with pytest.raises(OSError, match="No space left"):
+        saver.submit(lambda: written.append(1))
+    saver.wait()
+    saver.submit(lambda: written.append(2))
+    saver.wait()
+    assert written == [2]
+
+
+def test_a_full_disk_ends_a_training_with_its_own_words(
+    demo_store: Store, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pd.DataFrame, "to_parquet", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(demo_store, settings, tmp_path)
+    assert not (tmp_path / "last").exists()
+
+
+def test_a_copy_on_the_host_does_not_change_with_its_source() -> None:
+    source = torch.arange(24.0).reshape(1, 2, 3, 4).contiguous(memory_format=torch.channels_last)
+    copies = checkpoint.on_host({"whole": source, "number": torch.tensor(3)})
+    expected = source.clone()
+    source.zero_()
+    assert torch.equal(copies["whole"], expected)
+    assert copies["whole"].is_contiguous()
+    assert copies["number"].shape == ()

@@ -2,20 +2,30 @@
 
 import errno
 import json
+import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_raw import content, tiny, write_her2st
+from torch import Tensor
 
 import brstnet
 from brstnet import __main__ as cli
-from brstnet.config import Prepare, build, read_yaml
+from brstnet.config import Prepare, Settings, build, read_yaml, to_yaml
 from brstnet.data.store import FORMAT, VERSION, Store
+from brstnet.training.checkpoint import read_facts
+from brstnet.training.keep import finished, read_progress
+from brstnet.training.step import train_step
+from runs import same_bits, train, with_training
 
 DEMO = {
     "patients": 6,
@@ -306,3 +316,169 @@ def test_as_a_module(made: Path) -> None:
     )
     assert run.returncode == 0, run.stderr
     assert "6 patients, 6 sections" in run.stdout
+
+
+# --- training
+
+
+def write_settings(settings: Settings, path: Path) -> Path:
+    path.write_text(to_yaml(settings))
+    return path
+
+
+def command(store: Store, config: Path, out: Path) -> list[str]:
+    """The words of a training after `brstnet`."""
+    words = ["train", store.path, "--config", config, "--out", out, "--device", "cpu"]
+    return [str(word) for word in words]
+
+
+def test_train_says_the_score_and_where_the_checkpoint_is(
+    say: Callable[..., Said], demo_store: Store, settings: Settings, tmp_path: Path
+) -> None:
+    config = write_settings(settings, tmp_path / "run.yaml")
+    said = say(*command(demo_store, config, tmp_path / "out"))
+    fold = tmp_path / "out" / settings.fingerprint() / "fold_0"
+    result = finished(fold)
+    assert said.code == 0
+    assert result is not None
+    assert said.out.splitlines() == [
+        settings.protocol.line(),
+        f"score {result.score:.4f} on the validation sections (epoch 1)",
+        f"checkpoint {fold / 'last'}",
+    ]
+    assert "76/76" in said.err  # patches of two epochs, to the last
+    assert "of the time in steps" in said.err
+    assert say(*command(demo_store, config, tmp_path / "out")).out == said.out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_training_stopped_by_hand_goes_on_at_the_step_it_was_at(
+    say: Callable[..., Said],
+    demo_store: Store,
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+) -> None:
+    """The signal comes within the eighth step, which is done to its end."""
+    steps: list[int] = []
+
+    def signalled(*args: Any) -> Tensor:
+        steps.append(1)
+        if len(steps) == 8:
+            os.kill(os.getpid(), number)
+        return train_step(*args)
+
+    monkeypatch.setattr("brstnet.training.step.train_step", signalled)
+    argv = command(demo_store, write_settings(settings, tmp_path / "run.yaml"), tmp_path / "out")
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    said = say(*argv)
+    assert said.code == 130
+    assert said.err.endswith("\nstopped; the same command goes on at the step it was at\n")
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+    fold = tmp_path / "out" / settings.fingerprint() / "fold_0"
+    assert read_progress(fold / "position").step == 3
+    assert say(*argv).code == 0
+    assert len(steps) == 10
+    assert same_bits(fold / "last", train(demo_store, settings, tmp_path / "whole").folder)
+
+
+def test_a_second_ctrl_c_stops_at_once() -> None:
+    with cli.Stopper() as stop:
+        stop.if_asked()
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            stop.if_asked()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def process(*words: str, **more: str) -> subprocess.Popen[str]:
+    """`python -m` these words, on one thread, in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(brstnet.__file__).parents[1],
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **more},
+    )
+
+
+def ended(run: subprocess.Popen[str]) -> Said:
+    try:
+        out, err = run.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        os.killpg(run.pid, signal.SIGKILL)
+        raise
+    return Said(run.returncode, out, err)
+
+
+def wait_for(file: Path, run: subprocess.Popen[str]) -> None:
+    for _ in range(2400):
+        if file.exists():
+            return
+        assert run.poll() is None, ended(run)
+        time.sleep(0.05)
+    raise TimeoutError(file)
+
+
+def saved_epoch(folder: Path) -> int:
+    try:
+        return read_progress(folder).epoch
+    except FileNotFoundError:  # it is being replaced
+        return -1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stops", [1, 3])
+def test_ctrl_c_in_a_terminal_and_the_same_command_again_give_the_same_bits(
+    demo_store: Store, settings: Settings, tmp_path: Path, stops: int
+) -> None:
+    """Stopped at whatever step it is at when its first, third and fifth epoch are saved."""
+    settings = with_training(settings, epochs=12, dropout=0.2)
+    argv = command(demo_store, write_settings(settings, tmp_path / "run.yaml"), tmp_path / "out")
+    fold = tmp_path / "out" / settings.fingerprint() / "fold_0"
+    for stop in range(stops):
+        run = process("brstnet", *argv)
+        wait_for(fold / "last", run)
+        while run.poll() is None and saved_epoch(fold / "last") < 2 * stop:
+            time.sleep(0.02)
+        os.kill(run.pid, signal.SIGINT)
+        said = ended(run)
+        assert said.code == 130, said
+        assert said.err.endswith("stopped; the same command goes on at the step it was at\n")
+        assert "Traceback" not in said.err
+        assert (fold / "position").is_dir()
+    assert ended(process("brstnet", *argv)).code == 0
+    assert not (fold / "position").exists()
+    assert same_bits(fold / "last", train(demo_store, settings, tmp_path / "whole").folder)
+
+
+@pytest.mark.slow
+def test_torchrun_trains_with_two_workers(
+    demo_store: Store, settings: Settings, tmp_path: Path
+) -> None:
+    """One result, said once, by the leading worker."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    argv = command(demo_store, write_settings(settings, tmp_path / "run.yaml"), tmp_path / "out")
+    run = process(
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--master_addr=127.0.0.1",
+        f"--master_port={port}",
+        "-m",
+        "brstnet",
+        *argv,
+    )
+    said = ended(run)
+    assert said.code == 0, said
+    fold = tmp_path / "out" / settings.fingerprint() / "fold_0"
+    result = finished(fold)
+    assert result is not None
+    assert said.out.count("score ") == 1
+    assert f"score {result.score:.4f}" in said.out
+    assert read_facts(result.folder)["machine"]["workers"] == 2

@@ -1,11 +1,13 @@
 """Two processes on this machine train and validate as one would."""
 
+import contextlib
+import copy
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
 import socket
-from collections.abc import Mapping
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -14,36 +16,28 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from brstnet import metrics
 from brstnet.config import Settings
 from brstnet.data.store import Store
 from brstnet.training import distributed
 from brstnet.training.distributed import World
-from brstnet.training.train import (
-    Task,
-    finished,
-    fit,
-    prepare_task,
-    start,
-    train_epoch,
-    train_step,
-    validate,
-)
+from brstnet.training.epoch import train_epoch, validate
+from brstnet.training.keep import finished
+from brstnet.training.step import train_step
+from brstnet.training.task import Run, Task, prepare_task
+from brstnet.training.train import fit, start
+from runs import CPU, Stop, history, same_bits, stop_at, train, with_training
 
-CPU = torch.device("cpu")
 WORLD = 2
 FIELDS = ("mx", "my", "sxx", "syy", "sxy")
 
 
-def quiet(note: Mapping[str, float]) -> None:
-    """A callback that does nothing."""
-
-
 def no_batch_norm(settings: Settings) -> Settings:
     """A ViT in float32: what each worker computes depends on its own rows alone."""
-    training = dataclasses.replace(settings.training, backbone="test_vit", precision="float32")
-    return dataclasses.replace(settings, training=training)
+    return with_training(settings, backbone="test_vit", precision="float32")
 
 
 def parts() -> list[metrics.Moments]:
@@ -73,12 +67,12 @@ def do_all(folder: Path, store: Store, settings: Settings) -> dict[str, Any]:
     here = distributed.world()
     found: dict[str, Any] = {}
     vit = no_batch_norm(settings)
-    task = prepare_task(store, vit, 0, CPU)
-    run = start(task, folder / "vit", 32)
+    run = start(*prepare_task(store, vit, 0, CPU), folder / "vit")
+    task = run.task
     found["before"] = numbers(validate(task, run.model))
     found["few"] = numbers(validate(one_spot_in_the_first_section(task), run.model))
     first = [p.detach().clone() for p in run.model.parameters()]
-    found["train_loss"] = train_epoch(task, run.network, run.optimizer, 0)
+    found["train_loss"] = train_epoch(run)[0]
     found["after"] = numbers(validate(task, run.model))
     updates = [p.detach() - f for p, f in zip(run.model.parameters(), first, strict=True)]
     np.save(folder / f"update_{here.size}_{here.rank}.npy", torch.cat([u.ravel() for u in updates]))
@@ -95,16 +89,76 @@ def do_all(folder: Path, store: Store, settings: Settings) -> dict[str, Any]:
     return found
 
 
-def step_twice(store: Store, settings: Settings) -> torch.Tensor:
-    """Two steps on rows chosen by hand, each rank its share; all parameters in one vector."""
-    task = prepare_task(store, no_batch_norm(settings), 0, CPU)
-    run = start(task, Path("nowhere"), 32)
-    run.network.train()
+STEPPED: dict[str, dict[str, Any]] = {
+    "no BatchNorm": {"backbone": "test_vit"},
+    "BatchNorm in evaluation mode": {"backbone": "test_resnet"},
+    "BatchNorm over all workers": {"backbone": "test_resnet", "sync_batchnorm": True},
+    "timm's BatchNorm over all workers": {
+        "backbone": "test_efficientnet",
+        "sync_batchnorm": True,
+    },
+}
+PARTS = (None, 4)
+"""Patches of both workers together that go through the network at a time."""
+
+
+def stepped(store: Store, settings: Settings, case: str) -> dict[str, torch.Tensor]:
+    """Two steps on rows chosen by hand, each rank its share, whole and in parts, in both widths.
+
+    Returns the update of all parameters and of all running statistics, each in one vector.
+    """
+    asked = with_training(settings, precision="float32", **STEPPED[case])
+    task, model = prepare_task(store, asked, 0, CPU)
+    found = {}
+    for parts, wide in itertools.product(PARTS, (False, True)):
+        run = start(task, copy.deepcopy(model.double() if wide else model.float()), Path("nowhere"))
+        run.network.train()
+        if "evaluation" in case:
+            for module in run.model.modules():
+                module.train(not isinstance(module, torch.nn.BatchNorm2d))
+        first = copy.deepcopy(run.model.state_dict())
+        step_twice(run, parts)
+        changed = {n: v - first[n] for n, v in run.model.state_dict().items()}
+        for kind in ("weights", "statistics"):
+            of_kind = [
+                v.ravel() for n, v in changed.items() if ("running_" in n) == (kind[0] == "s")
+            ]
+            name = f"{case}, {parts}, {'double' if wide else 'single'}, {kind}"
+            found[name] = torch.cat(of_kind or [torch.zeros(0)])
+    return found
+
+
+def step_twice(run: Run, parts: int | None) -> None:
+    """Each rank on its rows of the same two batches of 8."""
+    task, here = run.task, run.task.here
+    width = next(run.model.parameters()).dtype
+    micro_batch = None if parts is None else parts // here.size
     for rows in (np.arange(8), np.arange(8, 16)):
-        mine = torch.from_numpy(rows[task.here.rank :: task.here.size])
-        x_BCHW = task.train.patches(mine).permute(0, 3, 1, 2) / 255
-        train_step(run.network, run.optimizer, x_BCHW, task.train.y_NG[mine], 2.0, torch.float32)
-    return torch.cat([p.detach().ravel() for p in run.model.parameters()])
+        batch = task.train.batch(torch.from_numpy(rows[here.rank :: here.size]))
+        x, y_BG = task.units.input(batch).to(width), task.units.target(batch).to(width)
+        train_step(run.network, run.optimizer, x, y_BG, 2.0, torch.float32, micro_batch)
+
+
+def exchanges(store: Store, settings: Settings, parts: int | None) -> int:
+    """How often the workers exchange gradients in two steps."""
+    run = start(*prepare_task(store, no_batch_norm(settings), 0, CPU), Path("nowhere"))
+    counted: list[int] = []
+
+    def hook(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        counted.append(1)
+        return allreduce_hook(None, bucket)  # type: ignore[arg-type]
+
+    assert isinstance(run.network, DistributedDataParallel)
+    run.network.register_comm_hook(None, hook)
+    step_twice(run, parts)
+    return len(counted)
+
+
+def stop_and_go_on(store: Store, settings: Settings, folder: Path) -> None:
+    """A fit that both workers leave at the same step of the second epoch, and take up again."""
+    for on_step in (stop_at(7), None):
+        with contextlib.suppress(Stop):
+            train(store, settings, folder, on_step=on_step)
 
 
 def work(rank: int, port: int, folder: Path, store: Path, settings: Settings) -> None:
@@ -119,12 +173,14 @@ def work(rank: int, port: int, folder: Path, store: Path, settings: Settings) ->
     np.save(folder / f"merged_{rank}.npy", torch.stack([getattr(merged, f) for f in FIELDS]))
     found = do_all(folder, Store(store), settings)
     found["n"] = merged.n
-    np.save(folder / f"steps_{rank}.npy", step_twice(Store(store), settings))
-    uneven = dataclasses.replace(
-        settings, training=dataclasses.replace(settings.training, batch_size=9)
-    )
+    for case in STEPPED:
+        np.savez(folder / f"{case}_{rank}.npz", **stepped(Store(store), settings, case))
+    found["exchanges"] = [exchanges(Store(store), settings, parts) for parts in PARTS]
+    together = with_training(settings, sync_batchnorm=True, ema_decay=0.9, dropout=0.2)
+    train(Store(store), together, folder / "whole")
+    stop_and_go_on(Store(store), together, folder / "parts")
     try:
-        prepare_task(Store(store), uneven, 0, CPU)
+        prepare_task(Store(store), with_training(settings, batch_size=9), 0, CPU)
     except ValueError as error:
         found["uneven"] = str(error)
     (folder / f"found_{rank}.json").write_text(json.dumps(found))
@@ -195,16 +251,45 @@ def test_a_section_with_fewer_spots_than_workers_is_validated(both: Both) -> Non
 
 
 @pytest.mark.slow
-def test_two_steps_by_two_equal_two_steps_by_one_on_the_same_global_batch(
-    both: Both, demo_store: Store, settings: Settings
+@pytest.mark.parametrize("case", STEPPED)
+def test_two_steps_by_two_equal_two_steps_by_one_on_the_same_global_batches(
+    both: Both, demo_store: Store, settings: Settings, case: str
 ) -> None:
-    np.testing.assert_array_equal(both.load("steps_0.npy"), both.load("steps_1.npy"))
-    task = prepare_task(demo_store, no_batch_norm(settings), 0, CPU)
-    before = start(task, Path("nowhere"), 32).model
-    first = torch.cat([p.detach().ravel() for p in before.parameters()]).numpy()
-    one = step_twice(demo_store, settings).numpy()
-    apart = np.linalg.norm(both.load("steps_0.npy") - one) / np.linalg.norm(one - first)
-    assert apart <= 1e-4
+    """The update of the weights and of the running statistics, relative to its size."""
+    alone = stepped(demo_store, settings, case)
+    ranks = [dict(both.load(f"{case}_{rank}.npz")) for rank in range(WORLD)]
+    assert len(alone) == 8
+    for name, one in alone.items():
+        np.testing.assert_array_equal(ranks[0][name], ranks[1][name], err_msg=name)
+        frozen = name.endswith("statistics") and "over all" not in case
+        size = np.linalg.norm(one.numpy())
+        assert (size == 0) == frozen, name
+        apart = np.linalg.norm(ranks[0][name] - one.numpy())
+        assert apart <= (1e-10 if "double" in name else 1e-4) * size, name
+    whole, parts = (alone[f"{case}, {p}, double, weights"] for p in PARTS)
+    same = float((whole - parts).norm() / whole.norm()) <= 1e-10
+    assert same != ("over all" in case)  # BatchNorm sees a part at a time
+
+
+@pytest.mark.slow
+def test_workers_exchange_gradients_once_a_step(both: Both) -> None:
+    for found in both.ranks:
+        whole, parts = found["exchanges"]
+        assert whole == parts > 0
+
+
+@pytest.mark.slow
+def test_two_that_were_stopped_go_on_to_the_same_bits(both: Both) -> None:
+    """With BatchNorm over both, a moving average and dropout."""
+    for name in ("best", "last"):
+        assert same_bits(both.folder / "whole" / name, both.folder / "parts" / name)
+    last = [both.folder / name / "last" for name in ("whole", "parts")]
+    assert same_bits(*last, "optimizer")
+    notes = [history(folder) for folder in last]
+    for one, other in zip(*notes, strict=True):
+        # A position holds the leading worker's loss: here the epoch's mean is nearly the same.
+        assert one.pop("train_loss") == pytest.approx(other.pop("train_loss"), rel=0.05)
+        assert one == other
 
 
 @pytest.mark.slow
@@ -233,8 +318,8 @@ def test_a_fit_by_two_ends_with_one_result_that_the_leading_one_wrote(
     assert result.folder.is_dir()
     facts = json.loads((result.folder / "checkpoint.json").read_text())
     assert facts["machine"]["workers"] == WORLD
-    task = prepare_task(demo_store, settings, 0, CPU)
-    run = start(task, both.folder / "resnet", 32)
+    run = start(*prepare_task(demo_store, settings, 0, CPU), both.folder / "resnet")
+    task = run.task
     sections = validate(task, run.model)[1]
     assert metrics.fold_score(sections, task.patients) == pytest.approx(result.score, abs=2e-3)
 
@@ -255,3 +340,11 @@ def test_alone_nothing_is_wrapped_and_nothing_waits() -> None:
     part = parts()[0]
     assert distributed.merge_everywhere(part, here) is part
     assert float(distributed.total(torch.tensor(3.0), here)) == 3
+    assert distributed.synchronise(model, here, CPU) is model
+
+
+def test_nobody_joins_where_torchrun_has_started_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert distributed.join(CPU) == CPU
+    distributed.leave()
+    assert not dist.is_initialized()

@@ -1,6 +1,7 @@
 """An epoch: against plain autograd on the same draws, and a validation at once."""
 
 import copy
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ def test_an_epoch_is_the_steps_of_its_plan(
     plan = epoch_plan(task.train.rows, 8, task.training.seed, 3)
     for rows, symmetry in zip(*map(torch.from_numpy, plan), strict=True):
         x_BCHW = task.units.image(turn(task.train.patches(rows), symmetry))
-        main, aux = by_hand(x_BCHW)
+        main, aux, _ = by_hand(x_BCHW)
         y_BG = task.units.target(task.train.batch(rows))
         loss = ((main - y_BG[:, :60]) ** 2).mean() + 2.0 * ((aux - y_BG[:, 60:]) ** 2).mean()
         gradients = torch.autograd.grad(loss, list(by_hand.parameters()))
@@ -60,7 +61,7 @@ def test_validation_streams_what_the_whole_would_give(
     everyone = task.validation.batch(torch.from_numpy(task.validation.rows))
     x_BCHW, y_NG = task.units.input(everyone), task.units.target(everyone).double().numpy()
     with torch.inference_mode():
-        main, aux = (part.double().numpy() for part in model(x_BCHW))
+        main, aux = (part.double().numpy() for part in model(x_BCHW)[:2])
     expected = ((main - y_NG[:, :60]) ** 2).mean() + 5.0 * ((aux - y_NG[:, 60:]) ** 2).mean()
     assert loss == pytest.approx(expected, rel=1e-5)
     for number, moments in enumerate(sections):
@@ -78,11 +79,42 @@ def test_validation_streams_what_the_whole_would_give(
     assert table["gene"][:40].tolist() == list(task.fitted.genes.index[:40])
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_validation_with_views_is_the_mean_over_all_symmetries(
+    demo_store: Store, settings: Settings, tmp_path: Path, frozen: bool
+) -> None:
+    """Losses and predictions of the eight views by hand, with a depth head."""
+    store = Store(shutil.copytree(demo_store.path, tmp_path / "store"))
+    asked = with_training(
+        settings, views=8, depth="nuisance", precision="float32", frozen=frozen, aux_weight=2.0
+    )
+    task, model = prepare_task(store, asked, 0, CPU)
+    loss, sections = validate(task, model)
+    rows = torch.from_numpy(task.validation.rows)
+    losses, preds = [], []
+    for view in range(8):
+        batch = task.validation.batch(rows, torch.full_like(rows, view))
+        with torch.inference_mode():
+            outputs = model(task.units.input(batch))
+        goal, main = task.units.goal(batch), task.fitted.main_genes
+        errors = [(outputs.main - goal[:, :main]), outputs.depth - goal[:, -1:]]
+        aux = (outputs.aux - goal[:, main:-1]).square().mean()
+        losses.append(sum(e.square().mean() for e in errors) + 2.0 * aux)
+        preds.append(task.units.whole(outputs))
+    assert loss == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
+    pred_NG = torch.stack(preds).mean(0).double().numpy()
+    y_NG = task.units.target(task.validation.batch(rows)).double().numpy()
+    for number, moments in enumerate(sections):
+        here = task.validation.section_N == number
+        expected = metrics.pearson(pred_NG[here, :40], y_NG[here, :40])
+        np.testing.assert_allclose(metrics.correlation(moments), expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("first", [1, 3, 5])
 def test_the_rest_of_an_epoch_after_some_steps_is_the_same(
     demo_store: Store, settings: Settings, tmp_path: Path, first: int
 ) -> None:
-    """Stopped after `first` steps, told where it was, gone on with: loss and weights, bit for bit."""
+    """Stopped after `first` steps and told where it was: the same loss and weights, bit for bit."""
     whole, parts = (
         start(*prepare_task(demo_store, with_training(settings, dropout=0.3), 0, CPU), tmp_path)
         for _ in range(2)

@@ -1,7 +1,9 @@
 """Backbones, heads, weights from files, and the precision that is chosen."""
 
+import copy
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -17,6 +19,7 @@ from brstnet.training.model import (
     build_backbone,
     build_model,
     choose_precision,
+    fit_to,
     load_weights,
     timm_name,
 )
@@ -45,13 +48,14 @@ def test_the_papers_ten_backbones_predict_with_and_without_auxnet(backbone: str)
     alone = BrSTNet(both.backbone, 11, 0).eval()
     x_BCHW = torch.randn(2, 3, side, side).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
-        main, aux = both(x_BCHW)
-        only, nothing = alone(x_BCHW)
+        main, aux, no_depth = both(x_BCHW)
+        only, nothing, _ = alone(x_BCHW)
         feature = both.backbone(x_BCHW)
         torch.testing.assert_close(main, both.main(feature))
         torch.testing.assert_close(aux, both.aux(feature))
         torch.testing.assert_close(only, alone.main(feature))
     assert nothing is None
+    assert no_depth is None
     assert alone.aux is None
     assert main.shape == only.shape == (2, 11)
     assert aux.shape == (2, 17)
@@ -209,24 +213,57 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 # Precision ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("backbone", "native", "expected"),
-    [
-        ("resnet101", True, torch.bfloat16),
-        ("inception_v3", True, torch.bfloat16),
-        ("vit_b16", True, torch.bfloat16),
-        ("efficientnet_b0", True, torch.float32),
-        ("efficientnet_b5", True, torch.float32),
-        ("resnet101", False, torch.float32),
-        ("vit_b32", False, torch.float32),
-        ("efficientnet_b0", False, torch.float32),
-    ],
-)
+@pytest.mark.parametrize("backbone", ["resnet101", "inception_v3", "vit_b16", "efficientnet_b0"])
+@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_precision_on_the_cpu_is_what_was_measured_to_be_fastest(
     monkeypatch: pytest.MonkeyPatch, backbone: str, native: bool, expected: torch.dtype
 ) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
     assert choose_precision(Training(backbone=backbone), CPU) == expected
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["itself", "its moving average"])
+def test_depthwise_convolutions_are_kept_out_of_bfloat16_on_the_cpu(copied: bool) -> None:
+    """Each computes in float32, all others in bfloat16; a copy does so with its own weights."""
+    torch.manual_seed(0)
+    model = build_model(Training(backbone="test_efficientnet"), fitted(4, 0), 32).eval()
+    fit_to(model, CPU, torch.bfloat16)
+    if copied:
+        original, model = model, copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter in original.parameters():
+                parameter.fill_(float("nan"))
+    dtypes: dict[bool, set[torch.dtype]] = {True: set(), False: set()}
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            depthwise = 1 < module.groups == module.in_channels
+            module.register_forward_hook(
+                lambda _, __, y, depthwise=depthwise: dtypes[depthwise].add(y.dtype)
+            )
+    x_BCHW = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        predicted = model(x_BCHW).main
+    assert dtypes == {True: {torch.float32}, False: {torch.bfloat16}}
+    with torch.inference_mode():
+        wide = model(x_BCHW).main
+    torch.testing.assert_close(predicted, wide, rtol=0.1, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("device", "precision"), [(CPU, torch.float32), (CUDA, torch.bfloat16), (CUDA, torch.float32)]
+)
+def test_elsewhere_a_model_is_left_as_it_is(device: torch.device, precision: torch.dtype) -> None:
+    model = build_model(Training(backbone="test_efficientnet"), fitted(4, 0), 32)
+    fit_to(model, device, precision)
+    assert not [m for m in model.modules() if "forward" in vars(m)]
+
+
+@pytest.mark.parametrize("depth", ["kept", "nuisance"])
+def test_a_depth_head_is_there_where_depth_is_a_nuisance(depth: Any) -> None:
+    model = build_model(Training(backbone="test_vit", depth=depth), fitted(4, 2), 32).eval()
+    found = model(torch.randn(3, 3, 32, 32)).depth
+    assert (found is None) == (depth == "kept")
+    assert found is None or found.shape == (3, 1)
 
 
 @pytest.mark.parametrize("native", [True, False])

@@ -16,6 +16,7 @@ from brstnet.config import Settings, Training
 from brstnet.data.store import Store
 from brstnet.training import step
 from brstnet.training.batches import Batch, Units
+from brstnet.training.model import Outputs
 from brstnet.training.step import (
     Learn,
     choose_engine,
@@ -32,14 +33,19 @@ from runs import train, weights, with_training
 class Linear(nn.Module):
     """Two linear heads on flattened patches; nothing else."""
 
-    def __init__(self, aux: bool = True) -> None:
+    def __init__(self, aux: bool = True, depth: bool = False) -> None:
         super().__init__()
         self.main = nn.Linear(12, 3)
         self.aux = nn.Linear(12, 2) if aux else None
+        self.depth = nn.Linear(12, 1) if depth else None
 
-    def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x_BCHW: Tensor) -> Outputs:
         flat = x_BCHW.flatten(1)
-        return self.main(flat), None if self.aux is None else self.aux(flat)
+        return Outputs(
+            self.main(flat),
+            None if self.aux is None else self.aux(flat),
+            None if self.depth is None else self.depth(flat),
+        )
 
 
 def batch(seed: int, genes: int = 5) -> tuple[Tensor, Tensor]:
@@ -84,11 +90,12 @@ def test_three_steps_equal_sgd_worked_out_by_hand() -> None:
 def test_the_auxiliary_loss_is_absent_without_auxnet() -> None:
     model = Linear(aux=False)
     x_BCHW, y_BG = batch(0, genes=3)
-    main, aux, pred_BG = loss_parts(model, x_BCHW, y_BG)
+    main, aux, outputs = loss_parts(model, x_BCHW, y_BG)
     assert float(aux) == 0
     assert not aux.requires_grad
     torch.testing.assert_close(main, ((model(x_BCHW)[0] - y_BG) ** 2).mean())
-    assert pred_BG.shape == (8, 3)
+    assert outputs.aux is None
+    assert outputs.main.shape == (8, 3)
     results = []
     for aux_weight in (0.0, 40.0):
         torch.manual_seed(0)
@@ -99,11 +106,19 @@ def test_the_auxiliary_loss_is_absent_without_auxnet() -> None:
     assert torch.equal(*results)
 
 
-def test_predictions_are_main_then_auxiliary() -> None:
-    model = Linear()
-    x_BCHW, y_BG = batch(0)
-    pred_BG = loss_parts(model, x_BCHW, y_BG)[2]
-    torch.testing.assert_close(pred_BG, torch.cat(model(x_BCHW), dim=1))
+@pytest.mark.parametrize("aux", [True, False])
+def test_the_error_of_the_depth_counts_among_the_main_genes(aux: bool) -> None:
+    """The depth is the last column of the goal, with and without auxiliary genes before it."""
+    model = Linear(aux, depth=True)
+    x_BCHW, goal = batch(0, genes=6 if aux else 4)
+    main_loss, aux_loss, outputs = loss_parts(model, x_BCHW, goal)
+    error_of_genes = ((outputs.main - goal[:, :3]) ** 2).mean()
+    error_of_depth = ((outputs.depth - goal[:, -1:]) ** 2).mean()
+    torch.testing.assert_close(main_loss, error_of_genes + error_of_depth)
+    if aux:
+        torch.testing.assert_close(aux_loss, ((outputs.aux - goal[:, 3:5]) ** 2).mean())
+    else:
+        assert float(aux_loss) == 0
 
 
 def test_a_step_in_bfloat16_keeps_float32_parameters_and_nearly_the_loss() -> None:
@@ -193,10 +208,11 @@ class Normed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm, self.drop, self.heads = nn.BatchNorm2d(3), nn.Dropout(0.2), Linear()
+        self.norm, self.drop = nn.BatchNorm2d(3), nn.Dropout(0.2)
+        self.heads = Linear(depth=True)
 
-    def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
-        found: tuple[Tensor, Tensor | None] = self.heads(self.drop(self.norm(x_BCHW)))
+    def forward(self, x_BCHW: Tensor) -> Outputs:
+        found: Outputs = self.heads(self.drop(self.norm(x_BCHW)))
         return found
 
 
@@ -208,6 +224,7 @@ def raw(seed: int = 0) -> Batch:
         symmetry_B=torch.arange(8) % 8,
         counts_BG=torch.randint(0, 50, (8, 5), generator=generator).to(torch.int16),
         scale_B=torch.rand(8, generator=generator) + 0.5,
+        depth_B=torch.randn(8, generator=generator),
     )
 
 
@@ -228,6 +245,8 @@ class Trained:
             image_std=torch.full((1, 3, 1, 1), 60.0),
             target_mean_G=torch.ones(5),
             target_std_G=torch.ones(5),
+            depth_slope_G=torch.linspace(0.5, 2, 5),
+            depth_scale=0.7,
             input_px=None,
         )
         self.learn: Learn = eager(
@@ -311,6 +330,7 @@ WRONG = {
     "stale symmetries": stale("symmetry_B"),
     "stale counts": stale("counts_BG"),
     "stale scales": stale("scale_B"),
+    "stale depths": stale("depth_B"),
     "fails": fails,
 }
 

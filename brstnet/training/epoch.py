@@ -84,11 +84,19 @@ def train_epoch(run: Run, after_step: AfterStep | None = None) -> tuple[float, C
 
 
 @torch.inference_mode()
-def validate(task: Task, model: nn.Module) -> tuple[float, list[metrics.Moments]]:
+def validate(
+    task: Task, model: nn.Module, views: int | None = None
+) -> tuple[float, list[metrics.Moments]]:
     """Loss on the validation spots, and the panel's moments per section, over all workers.
 
     Metrics stream: no prediction outlives its batch.
+
+    Args:
+        task: the fold.
+        model: to be judged.
+        views: how many symmetries of a patch are averaged; by default as the settings say.
     """
+    views = views or task.training.views
     model.eval()
     spots, panel = task.validation, np.flatnonzero(task.fitted.genes["panel"])
     panel_G = torch.from_numpy(panel).to(task.device)
@@ -99,7 +107,7 @@ def validate(task: Task, model: nn.Module) -> tuple[float, list[metrics.Moments]
         rows = spots.rows[spots.section_N[spots.rows] == number][task.here.rank :: task.here.size]
         for start in range(0, len(rows), EVAL_BATCH):  # a small section may have none for this rank
             rows_B = torch.from_numpy(rows[start : start + EVAL_BATCH]).to(task.device)
-            batch_loss, pred_BG = predict_batch(task, model, rows_B)
+            batch_loss, pred_BG = predict_batch(task, model, rows_B, views)
             loss += batch_loss * len(rows_B)
             y_BG = task.units.target(spots.batch(rows_B))
             found = metrics.moments(pred_BG[:, panel_G].double(), y_BG[:, panel_G].double())
@@ -109,9 +117,11 @@ def validate(task: Task, model: nn.Module) -> tuple[float, list[metrics.Moments]
     return mean_loss, [_on_host(m) for m in sections]
 
 
-def predict_batch(task: Task, model: nn.Module, rows_B: Tensor) -> tuple[Tensor, Tensor]:
+def predict_batch(
+    task: Task, model: nn.Module, rows_B: Tensor, views: int
+) -> tuple[Tensor, Tensor]:
     """Loss and standardised predictions (B, G) of validation spots, the mean over the views."""
-    units, views = task.units, task.training.views
+    units = task.units
     losses, preds = [], []
     for view in range(views):
         batch = task.validation.batch(rows_B, torch.full_like(rows_B, view) if view else None)

@@ -177,7 +177,8 @@ def run_epoch(run: Run, on_step: OnStep | None = None) -> None:
         )
     trained, in_steps = clock.read()
     distributed.share_buffers(run.judged, task.here)
-    loss, sections = validate(task, run.judged)
+    counts = task.training.stopping == "early" or epoch + 1 == task.training.epochs
+    loss, sections = validate(task, run.judged, None if counts else 1)
     score = metrics.fold_score(sections, task.patients)
     run.rate.after_epoch(loss)
     note = {"train_loss": train_loss, "validation_loss": loss, "score": score}
