@@ -143,6 +143,9 @@ class Training:
         auxnet: predict all other genes by a second linear head (AuxNet).
         aux_weight: lambda in loss = main + lambda * auxiliary (paper: 40, code: 1).
         aux_target: auxiliary targets standardised per gene, or log1p only (code).
+        target_rank: the main genes' targets are brought down to so many principal components of the
+            training spots', which leaves out what genes do not share (counting noise above all);
+            null learns them as they are (paper).
         depth: `kept` learns targets as they are (paper). `nuisance` takes out of each target the
             line on the log of the spot's total count that its training spots give, learns the rest,
             and that depth with an output of its own; a prediction is the rest plus the line at the
@@ -188,6 +191,7 @@ class Training:
     auxnet: bool = True
     aux_weight: float = 40.0
     aux_target: Literal["standardised", "log"] = "standardised"
+    target_rank: int | None = None
     depth: Literal["kept", "nuisance"] = "kept"
     dropout: float = 0.0
     drop_path: float = 0.0
@@ -229,6 +233,8 @@ class Training:
             _must(getattr(self, name) >= 0, f"{name} must not be negative", getattr(self, name))
         if (rate := self.backbone_learning_rate) is not None:
             _must(rate >= 0, "backbone_learning_rate must not be negative", rate)
+        if self.target_rank is not None:
+            _must(self.target_rank >= 1, "target_rank must be at least 1", self.target_rank)
         if self.micro_batch is not None:
             _must(self.micro_batch >= 1, "micro_batch must be at least 1", self.micro_batch)
         if self.cosine_period is not None:

@@ -7,7 +7,8 @@ F features.
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -225,7 +226,8 @@ class Units:
     are shrunk to, or None. Where depth is a nuisance, `depth_slope_G` is how each standardised
     target follows the depth head's output, and `depth_scale` that output's deviation: the root mean
     square over the main genes of what depth does to them, so that its error counts as it will in
-    their predictions.
+    their predictions. `components_GK` (main genes, rank) span what is learnt of the main targets;
+    None stands for all of it.
     """
 
     image_mean: Tensor
@@ -234,6 +236,7 @@ class Units:
     target_std_G: Tensor
     depth_slope_G: Tensor | None
     depth_scale: float
+    components_GK: Tensor | None = None
     input_px: int | None
 
     @classmethod
@@ -276,10 +279,32 @@ class Units:
     def goal(self, batch: Batch) -> Tensor:
         """What the outputs learn, (B, G): the targets; or (B, G + 1): their rest, and the depth."""
         y_BG = self.target(batch)
-        if self.depth_slope_G is None:
-            return y_BG
         depth_B1 = batch.depth_B[:, None] * self.depth_scale
-        return torch.cat([y_BG - depth_B1 * self.depth_slope_G, depth_B1], dim=1)
+        if self.depth_slope_G is not None:
+            y_BG = y_BG - depth_B1 * self.depth_slope_G
+        if self.components_GK is not None:
+            main, aux = y_BG.tensor_split([len(self.components_GK)], dim=1)
+            y_BG = torch.cat([main @ self.components_GK @ self.components_GK.T, aux], dim=1)
+        return y_BG if self.depth_slope_G is None else torch.cat([y_BG, depth_B1], dim=1)
+
+    def of_rank(self, rank: int, main_genes: int, train: Spots) -> Self:
+        """The same, with the main targets brought down to `rank` components of the training's.
+
+        Raises:
+            ValueError: there are fewer components than that.
+        """
+        most = min(main_genes, len(train.rows))
+        if rank > most:
+            raise ValueError(
+                f"training.target_rank is {rank}, but {main_genes} main genes of {len(train.rows)} "
+                f"training spots have at most {most} components: lower it, or set it to null"
+            )
+        covariance = torch.zeros(main_genes, main_genes, dtype=torch.float64)
+        for rows in torch.from_numpy(train.rows).to(train.device).split(4096):
+            y_BG = self.goal(train.batch(rows))[:, :main_genes].double().cpu()
+            covariance += y_BG.T @ y_BG  # their means are zero: they are standardised
+        components = torch.linalg.eigh(covariance).eigenvectors[:, -rank:]
+        return replace(self, components_GK=components.float().to(train.device))
 
     def whole(self, outputs: Outputs) -> Tensor:
         """Predicted standardised targets (B, G) of what the heads gave."""

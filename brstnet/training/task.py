@@ -140,12 +140,16 @@ def _assemble(
     allowed = training_rows(store.spots(fold.train), settings.protocol)
     model = with_heads(backbone, training, fitted).to(device)
     fit_to(model, device, precision)
+    train = load_spots(store, fold.train, fitted, device, rows=allowed)
+    units = Units.of(fitted, training, device)
+    if training.target_rank is not None:
+        units = units.of_rank(training.target_rank, fitted.main_genes, train)
     task = Task(
         settings=settings,
         fold=fold,
         fitted=fitted,
-        units=Units.of(fitted, training, device),
-        train=load_spots(store, fold.train, fitted, device, rows=allowed),
+        units=units,
+        train=train,
         validation=load_spots(store, fold.validation, fitted, device),
         patients=tuple(store.sections[name]["patient"] for name in fold.validation),
         device=device,
