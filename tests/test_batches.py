@@ -315,6 +315,25 @@ def test_the_rest_of_a_target_does_not_follow_the_depth(
     assert np.abs((rest * (depth - depth.mean())[:, None]).mean(axis=0)).max() < 1e-5
 
 
+@pytest.mark.parametrize("rank", [1, 5])
+def test_a_goal_of_a_rank_is_what_a_singular_value_decomposition_keeps(
+    demo_store: Store, fold: Fold, fitted: Fitted, settings: Settings, rank: int
+) -> None:
+    """Of the main targets of the training spots; the auxiliary ones stay as they are."""
+    allowed = training_rows(demo_store.spots(fold.train), settings.protocol)
+    spots = load_spots(demo_store, fold.train, fitted, CPU, rows=allowed)
+    batch, main = spots.batch(torch.from_numpy(spots.rows)), fitted.main_genes
+    made = units(fitted)
+    y_NG = made.target(batch).double().numpy()
+    u, s, vt = np.linalg.svd(y_NG[:, :main], full_matrices=False)
+    goal = made.of_rank(rank, main, spots).goal(batch).double().numpy()
+    kept = u[:, :rank] * s[:rank] @ vt[:rank]
+    np.testing.assert_allclose(goal[:, :main], kept, atol=1e-4)
+    np.testing.assert_array_equal(goal[:, main:], y_NG[:, main:])
+    with pytest.raises(ValueError, match=r"training\.target_rank is 61, but 60 main genes"):
+        made.of_rank(61, main, spots)
+
+
 def test_features_take_the_place_of_patches(spots: Spots) -> None:
     """The symmetry picks the view; without one it is the view that is not turned."""
     n = len(spots.counts_NG)

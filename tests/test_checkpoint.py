@@ -128,8 +128,11 @@ def test_a_model_that_began_from_a_file_no_longer_needs_it(
     assert checkpoint.load(result.folder).settings.training.weights == str(file)
 
 
-@pytest.mark.parametrize("by_hand", [False, True], ids=["timm's", "a configuration and weights"])
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(
+    ("by_hand", "frozen"),
+    [(False, False), (True, True)],
+    ids=["timm's", "a configuration and weights, frozen"],
+)
 def test_a_model_that_began_from_a_folder_no_longer_needs_it(
     demo_store: Store, settings: Settings, tmp_path: Path, by_hand: bool, frozen: bool
 ) -> None:
@@ -322,12 +325,12 @@ def test_training_without_momentum_goes_on_as_well(
     assert same_bits(one.folder, other.folder)
 
 
-@pytest.mark.parametrize("left", ["best.old", "last.old", "position.old", "position.tmp"])
 def test_what_a_killed_replacement_left_goes_with_the_next_try(
-    demo_store: Store, settings: Settings, run: Run, left: str
+    demo_store: Store, settings: Settings, run: Run
 ) -> None:
     """Killed while the old one was taken away: its rest must not stay in a finished fold."""
-    (run.out / left).mkdir()
+    for left in ("best.old", "last.old", "position.old", "position.tmp"):
+        (run.out / left).mkdir()
     train(demo_store, settings, run.out)
     assert {p.name for p in run.out.iterdir()} == {"best", "last", "result.json"}
 

@@ -285,11 +285,7 @@ def test_two_that_were_stopped_go_on_to_the_same_bits(both: Both) -> None:
         assert same_bits(both.folder / "whole" / name, both.folder / "parts" / name)
     last = [both.folder / name / "last" for name in ("whole", "parts")]
     assert same_bits(*last, "optimizer")
-    notes = [history(folder) for folder in last]
-    for one, other in zip(*notes, strict=True):
-        # A position holds the leading worker's loss: here the epoch's mean is nearly the same.
-        assert one.pop("train_loss") == pytest.approx(other.pop("train_loss"), rel=0.05)
-        assert one == other
+    assert history(last[0]) == history(last[1])
 
 
 @pytest.mark.slow

@@ -146,7 +146,7 @@ def test_the_moving_average_is_validated(
     seen: list[nn.Module] = []
     true_validate = validate
     monkeypatch.setattr(
-        "brstnet.training.train.validate", lambda t, m: (seen.append(m), true_validate(t, m))[1]
+        "brstnet.training.train.validate", lambda *a: (seen.append(a[1]), true_validate(*a))[1]
     )
     names = [n for n, _ in run.model.named_parameters()]
     by_hand = {n: p.detach().clone() for n, p in run.model.named_parameters()}

@@ -210,6 +210,8 @@ def settle(path: Path) -> bool:
     old = path.with_name(path.name + ".old")
     if not path.exists() and old.exists():
         old.rename(path)
+    for left in (old, path.with_name(path.name + ".tmp")):
+        shutil.rmtree(left, ignore_errors=True)
     return (path / "checkpoint.json").is_file()
 
 

@@ -60,7 +60,8 @@ def train_epoch(run: Run, after_step: AfterStep | None = None) -> tuple[float, C
 
     Args:
         run: at the beginning of an epoch, or within it (`progress.step`).
-        after_step: called with the number of steps done in this epoch and the sum of their losses.
+        after_step: called with the number of steps done in this epoch and the sum of their
+            losses over all workers.
     """
     task, progress = run.task, run.progress
     here, seed = task.here, task.training.seed
@@ -75,12 +76,12 @@ def train_epoch(run: Run, after_step: AfterStep | None = None) -> tuple[float, C
         run.rate.set(run.optimizer, since_start)
         torch.manual_seed(int(rng(seed, epoch, step, here.rank).integers(2**63)))  # dropout
         with clock:
-            total += run.learn(drawn)
+            total += distributed.total(run.learn(drawn), here)
         if run.average is not None:
             run.average.update(run.model, since_start + 1)
         if after_step is not None:
             after_step(step + 1, total)
-    return float(distributed.total(total, here) / (len(rows_SB) * here.size)), clock
+    return float(total) / (len(rows_SB) * here.size), clock
 
 
 @torch.inference_mode()

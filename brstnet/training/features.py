@@ -5,6 +5,7 @@ name a hash of everything that they follow from. Who may not write there compute
 """
 
 import hashlib
+import json
 import os
 import warnings
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from torch import nn
 from brstnet.config import fingerprint
 from brstnet.data.store import Store
 from brstnet.training.batches import Units, turn
+from brstnet.training.model import architecture
 
 VIEWS = 8
 """The symmetries of a square patch: what training draws from."""
@@ -69,7 +71,7 @@ def load_features(
 
 
 def _weights_hash(backbone: nn.Module) -> str:
-    digest = hashlib.sha256(type(backbone).__name__.encode())
+    digest = hashlib.sha256(json.dumps(architecture(backbone), sort_keys=True).encode())
     for name, value in backbone.state_dict().items():
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())

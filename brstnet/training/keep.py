@@ -42,9 +42,11 @@ def resume(run: Run) -> None:
         for name in ("best", "last", "position"):
             checkpoint.settle(run.out / name)
         if run.task.backbone is not None:
+            file = run.out / "backbone.safetensors"  # checkpoints link to it: never written into
             run.out.mkdir(parents=True, exist_ok=True)
             weights = checkpoint.on_host(run.task.backbone.state_dict())
-            safetensors.torch.save_file(weights, run.out / "backbone.safetensors")
+            safetensors.torch.save_file(weights, file.with_suffix(".tmp"))
+            file.with_suffix(".tmp").rename(file)
     distributed.barrier(here)
     found = [run.out / n for n in ("last", "position") if (run.out / n / "progress.json").is_file()]
     if not found:
@@ -191,22 +193,21 @@ def micro_batch(out: Path, training: Training, here: distributed.World) -> int:
     return min(asked, json.loads(file.read_text())) if file.is_file() else asked
 
 
-def halve(out: Path, training: Training, here: distributed.World, error: RuntimeError) -> None:
-    """Note in `out` that half of the present micro-batch is to be tried.
+def halve(out: Path, taken: int, batch_size: int, error: RuntimeError | MemoryError) -> None:
+    """Note in `out` that half of the micro-batch that was taken is to be tried.
 
     Raises:
-        RuntimeError: the error itself, where nothing smaller is left, or others wait for this
-            worker: the whole group must begin anew.
+        RuntimeError, MemoryError: the error itself, where nothing smaller is left, or others wait
+            for this worker: the whole group must begin anew.
     """
-    now = micro_batch(out, training, here)
-    if now == 1:
+    if taken == 1:
         raise error
     out.mkdir(parents=True, exist_ok=True)
-    (out / "micro_batch.json").write_text(json.dumps(now // 2))
-    if here.size > 1:
+    (out / "micro_batch.json").write_text(json.dumps(taken // 2))
+    if distributed.world().size > 1:
         raise error
     warnings.warn(
-        f"{out}: {now} patches of training.batch_size {training.batch_size} do not fit the "
-        f"memory at a time, going on with {now // 2}; their gradients are summed to the same batch",
+        f"{out}: {taken} patches of training.batch_size {batch_size} do not fit the memory at a "
+        f"time, going on with {taken // 2}; their gradients are summed to the same batch",
         stacklevel=3,
     )

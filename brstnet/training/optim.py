@@ -95,7 +95,7 @@ class Rate:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up where `state` was taken."""
-        if self.schedule is not None:
+        if self.schedule is not None and state:  # empty within the first epoch
             self.schedule.load_state_dict(state)
             self._own.param_groups[0]["lr"] = state["_last_lr"][0]
 

@@ -72,10 +72,10 @@ def train_step(
         zip(x.split(micro_batch or len(x)), goal.split(micro_batch or len(x)), strict=True)
     )
     for number, (part, y) in enumerate(parts, 1):
-        with torch.autocast(x.device.type, precision, enabled=precision != torch.float32):
-            main_loss, aux_loss, _ = loss_parts(model, part, y)
-            loss = (main_loss + aux_weight * aux_loss) * (len(part) / len(x))
-        with _no_sync(model, last=number == len(parts)):
+        with _no_sync(model, last=number == len(parts)):  # DDP asks for the forward in it too
+            with torch.autocast(x.device.type, precision, enabled=precision != torch.float32):
+                main_loss, aux_loss, _ = loss_parts(model, part, y)
+                loss = (main_loss + aux_weight * aux_loss) * (len(part) / len(x))
             loss.backward()
         total += loss.detach()
     optimizer.step()
@@ -157,7 +157,7 @@ def recorded(
     kept = _Kept(model, optimizer)
     seed = torch.initial_seed()
     try:
-        replay = _record(learn, batch)
+        replay = _record(learn, _other(batch))
         kept.put_back()
         gap = _gap(learn, replay, kept, batch, seed)
         if not gap < AGREE:
@@ -201,6 +201,17 @@ def _record(learn: Learn, batch: Batch) -> Learn:
         return loss
 
     return replay
+
+
+def _other(batch: Batch) -> Batch:
+    """A batch of the same shape that differs in everything: a replay must take its input anew."""
+    return Batch(
+        x=batch.x.roll(1, 0),
+        symmetry_B=None if batch.symmetry_B is None else (batch.symmetry_B + 3) % 8,
+        counts_BG=batch.counts_BG.roll(2, 0),
+        scale_B=batch.scale_B.roll(3, 0) * 2,
+        depth_B=batch.depth_B.roll(5, 0) + 1,
+    )
 
 
 def _gap(learn: Learn, replay: Learn, kept: "_Kept", batch: Batch, seed: int) -> float:

@@ -80,12 +80,13 @@ def fit(
         check_same(done.folder, made, (plain(settings), fold, store.digest))
         return done
     while True:
+        taken = micro_batch(out, settings.training, distributed.world())
         try:
             return _fit(store, settings, fold, out, device, on_epoch, on_step)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except (RuntimeError, MemoryError) as error:
             if not _ran_out(error):
                 raise
-            halve(out, settings.training, distributed.world(), error)
+            halve(out, taken, settings.training.batch_size, error)
         gc.collect()  # what the failed step held, its traceback included
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -112,9 +113,10 @@ def _fit(
     return conclude(run)
 
 
-def _ran_out(error: RuntimeError) -> bool:
+def _ran_out(error: RuntimeError | MemoryError) -> bool:
     """Whether memory ran out; on the CPU torch says so in words alone."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or "can't allocate memory" in str(error)
 
 
 def start(task: Task, model: BrSTNet, out: Path) -> Run:
@@ -152,7 +154,7 @@ def record(run: Run) -> None:
     task = run.task
     some = torch.from_numpy(task.train.rows).to(task.device)
     rows_B = some[torch.arange(task.training.batch_size, device=task.device) % len(some)]
-    batch = task.train.batch(rows_B, torch.zeros_like(rows_B))
+    batch = task.train.batch(rows_B, torch.arange(len(rows_B), device=task.device) % 8)
     run.network.train()
     run.rate.set(run.optimizer, 1 + int(run.rate.warmup_steps))
     must = task.training.engine == "graph"
@@ -212,7 +214,7 @@ def _after_step(run: Run, on_step: OnStep | None) -> Callable[[int, Tensor], Non
     spots = len(task.train.rows)
 
     def save_here(step: int, total: Tensor) -> None:
-        if task.here.leads and step < task.steps:
+        if task.here.leads:
             seconds = before + time.monotonic() - began
             here = dataclasses.replace(
                 progress, step=step, loss_sum=float(total), part_seconds=seconds
@@ -221,7 +223,7 @@ def _after_step(run: Run, on_step: OnStep | None) -> Callable[[int, Tensor], Non
 
     def after_step(step: int, total: Tensor) -> None:
         nonlocal saved
-        if time.monotonic() - saved >= SAVE_SECONDS:
+        if step < task.steps and time.monotonic() - saved >= SAVE_SECONDS:
             save_here(step, total)
             saved = time.monotonic()
         if on_step is None:
