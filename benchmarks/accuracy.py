@@ -1,12 +1,14 @@
 """What a preset comes to on held-out tissue, over seeds, beside the colour ridge.
 
     python -m brstnet prepare RAW STORE --layout her2st
-    python -m benchmarks.accuracy STORE --arms paper best --epochs 20 --seeds 0 1 2
+    python -m benchmarks.accuracy STORE --arms paper --epochs 20 --seeds 0 1 2
+    python -m benchmarks.accuracy WIDE_STORE --arms best best+depth=nuisance --epochs 20
 
 The protocol is that of sweeps/her2st.yaml: sections C2 to C5 of one patient are the four folds,
-patient B is held out, targets are log_normalised. An arm is a preset's training, with the same
-epochs for all; for each seed its four fold models are trained and their mean is judged on B. What
-is finished under `--out` is not repeated.
+patient B is held out, targets are log_normalised. An arm is a preset's training, maybe with other
+settings (`+name=value`); for each seed its four fold models are trained and their mean is judged on
+B. What is finished under `--out` is not repeated. A preset wants the store that its `prepare` makes;
+the ridge sees the same store's patches.
 """
 
 import argparse
@@ -16,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import yaml
 from tqdm import tqdm
 
 from brstnet.config import Settings, build, preset, read_yaml
@@ -38,9 +41,11 @@ COLUMNS = {
 
 def settings_of(arm: str, seed: int, args: argparse.Namespace) -> Settings:
     """The settings of one run."""
+    name, *changes = arm.split("+")
     training: dict[str, Any] = {
-        name.removeprefix("training."): value for name, value in preset(arm, "training").items()
+        key.removeprefix("training."): value for key, value in preset(name, "training").items()
     }
+    training |= {key: yaml.safe_load(value) for key, value in (c.split("=") for c in changes)}
     training |= {"seed": seed, "epochs": args.epochs or training["epochs"]}
     if args.input_px:
         training["input_px"] = args.input_px

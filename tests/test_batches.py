@@ -1,9 +1,11 @@
 """Patches on their way to the network: which, how turned, how standardised."""
 
 import dataclasses
+import shutil
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -372,16 +374,16 @@ def test_training_patches_come_out_with_mean_zero_and_deviation_one(
     np.testing.assert_allclose(x_BCHW.std(dim=(0, 2, 3), correction=0), 1, atol=1e-5)
 
 
-def test_a_smaller_input_is_the_mean_over_areas(fitted: Fitted) -> None:
-    planted = dataclasses.replace(fitted, image_mean=(0, 0, 0), image_std=(1, 1, 1))
-    x = np.random.default_rng(0).integers(0, 256, (3, 48, 48, 3), np.uint8)
-    x_BHWC = torch.from_numpy(x)
-    small = units(planted, input_px=16).image(x_BHWC)
-    reference = x.reshape(3, 16, 3, 16, 3, 3).mean(axis=(2, 4)) / 255
-    np.testing.assert_allclose(small.permute(0, 2, 3, 1), reference, atol=1e-6)
-    assert small.is_contiguous(memory_format=torch.channels_last)
-    same = units(planted, input_px=48).image(x_BHWC)
-    assert torch.equal(same, units(planted).image(x_BHWC))
+def test_shrunk_patches_are_drawn_where_they_are_asked_for(
+    demo_store: Store, fold: Fold, fitted: Fitted, tmp_path: Path
+) -> None:
+    store = Store(shutil.copytree(demo_store.path, tmp_path / "store"))
+    spots = load_spots(store, fold.validation, fitted, CPU, 16)
+    rows_B = torch.tensor([3, 0])
+    x_BHWC = spots.patches(rows_B)
+    whole = np.concatenate([store.patches(name) for name in fold.validation])[rows_B.numpy()]
+    mean = whole.reshape(2, 16, 2, 16, 2, 3).mean(axis=(2, 4))
+    np.testing.assert_allclose(x_BHWC.numpy(), mean, atol=0.5 + 1e-6)
 
 
 def test_the_input_of_a_batch_is_turned_and_then_standardised(fitted: Fitted, spots: Spots) -> None:

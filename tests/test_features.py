@@ -3,6 +3,7 @@
 import copy
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from brstnet.config import Settings
+from brstnet.config import Settings, fingerprint
 from brstnet.data.store import Store
 from brstnet.evaluation.predict import predict
 from brstnet.training import checkpoint, features
 from brstnet.training.batches import epoch_plan, turn
-from brstnet.training.features import load_features
 from brstnet.training.model import build_model
 from brstnet.training.optim import Rate, make_optimizer
 from brstnet.training.step import train_step
@@ -37,7 +37,7 @@ def frozen(settings: Settings) -> Settings:
 
 
 def files(store: Store) -> set[str]:
-    return {p.name for p in (store.path / "features").glob("*")}
+    return {p.name for p in (store.path / "derived").glob("*")}
 
 
 def never(*_: Any) -> np.ndarray:
@@ -158,13 +158,17 @@ def test_what_features_follow_from_changes_their_name(
 def names(store: Store, settings: Settings) -> list[str]:
     """The names of the files that a run asks for, without computing any features."""
     asked: list[str] = []
-    true_fingerprint = features.fingerprint
+    true_derived = Store.derived
+
+    def derived(self: Store, made_of: Any, make: Callable[[], np.ndarray]) -> np.ndarray:
+        if "weights" not in made_of:
+            return true_derived(self, made_of, make)
+        asked.append(fingerprint(made_of))
+        return make()
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            features, "fingerprint", lambda v: (asked.append(true_fingerprint(v)), asked[-1])[1]
-        )
+        patch.setattr(Store, "derived", derived)
         patch.setattr(features, "compute", lambda p, b, *_: np.zeros((8, len(p), b.num_features)))
-        patch.setattr(features, "_write", lambda *_: None)
         prepare_task(store, settings, 0, CPU)
     return asked
 
@@ -176,10 +180,10 @@ def test_where_nothing_can_be_kept_it_is_told_and_trained_all_the_same(
         raise OSError(30, "Read-only file system")
 
     expected = train(store, frozen, tmp_path / "kept")
-    shutil.rmtree(store.path / "features")
+    shutil.rmtree(store.path / "derived")
     with monkeypatch.context() as patch:
-        patch.setattr(features.np, "save", read_only)
-        with pytest.warns(UserWarning, match=r"cannot be kept here \(Read-only file system\)"):
+        patch.setattr(np, "save", read_only)
+        with pytest.warns(UserWarning, match=r"can be kept here \(Read-only file system\)"):
             result = train(store, frozen, tmp_path / "not kept")
     assert same_bits(result.folder, expected.folder)
     assert not files(store)
@@ -195,23 +199,12 @@ def test_half_written_features_are_never_read(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(features.np, "save", killed)
+        patch.setattr(np, "save", killed)
         with pytest.raises(KeyboardInterrupt):
             train(store, frozen, tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(store, frozen, tmp_path)
-
-
-def test_a_worker_that_does_not_lead_keeps_nothing(store: Store, frozen: Settings) -> None:
-    task, _ = prepare_task(store, frozen, 0, CPU)
-    shutil.rmtree(store.path / "features")
-    assert task.backbone is not None
-    found = load_features(
-        store, task.fold.train, task.backbone, task.units, torch.float32, keep=False
-    )
-    assert torch.equal(torch.from_numpy(found), task.train.features_VNF)  # type: ignore[arg-type]
-    assert not files(store)
 
 
 def test_stopped_and_gone_on_with_it_gives_the_same_bits(

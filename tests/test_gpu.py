@@ -12,7 +12,7 @@ import torch
 
 from brstnet.config import Settings
 from brstnet.data.store import Store
-from brstnet.training import checkpoint, features
+from brstnet.training import checkpoint
 from brstnet.training.batches import epoch_plan
 from brstnet.training.task import prepare_task
 from brstnet.training.train import fit
@@ -106,7 +106,7 @@ def test_a_batch_that_does_not_fit_is_taken_in_parts(
 def test_a_frozen_backbones_features_are_those_of_the_cpu(
     demo_store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features, "_write", lambda *_: None)  # else the second reads the first's
+    monkeypatch.setattr(Store, "derived", lambda *a: a[2]())  # else the second reads the first's
     frozen = with_training(settings, frozen=True, precision="float32")
     on_gpu, _ = prepare_task(demo_store, frozen, 0, CUDA)
     on_cpu, _ = prepare_task(demo_store, frozen, 0, torch.device("cpu"))

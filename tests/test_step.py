@@ -247,7 +247,6 @@ class Trained:
             target_std_G=torch.ones(5),
             depth_slope_G=torch.linspace(0.5, 2, 5),
             depth_scale=0.7,
-            input_px=None,
         )
         self.learn: Learn = eager(
             self.model, self.optimizer, units, Training(aux_weight=2.0), torch.float32, None

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import anndata
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,7 +19,7 @@ from tiny_raw import GENES, content, put, put_slide, text, tiny, write_her2st, w
 
 from brstnet.config import Prepare
 from brstnet.data import stain
-from brstnet.data.patches import open_image, white_mask
+from brstnet.data.patches import open_image, resize, white_mask
 from brstnet.data.prepare import choose_target, prepare
 from brstnet.data.readers import stnet
 from brstnet.data.store import FORMAT, VERSION, Store, partial_path
@@ -681,3 +682,36 @@ def test_real_her2st_store(her2st_raw: Path, tmp_path: Path) -> None:
     table = pd.read_csv(her2st_raw / "counts/C3.tsv.gz", sep="\t", index_col=0)
     expected = table.loc[spots["spot"]].reindex(columns=store.genes.index, fill_value=0)
     np.testing.assert_array_equal(store.counts(["C3"]).toarray(), expected.to_numpy())
+
+
+def test_shrunk_patches_are_those_that_prepare_would_have_made(
+    demo_raw: Path, demo_store: Store, tmp_path: Path
+) -> None:
+    """Kept beside the store and mapped; the store itself stays what it was."""
+    store = Store(shutil.copytree(demo_store.path, tmp_path / "store"))
+    name = next(iter(store.sections))
+    small = store.patches(name, 16)
+    expected = resize(store.patches(name), len(small), 16)
+    assert small.shape == (len(expected), 16, 16, 3)
+    np.testing.assert_array_equal(small, expected)
+    assert isinstance(store.patches(name, 16), np.memmap)
+    assert isinstance(small, np.memmap)
+    assert len(list((store.path / "derived").iterdir())) == 1
+    np.testing.assert_array_equal(store.patches(name, 32), store.patches(name))
+    assert not store.verify()
+
+
+def test_counts_are_read_once_where_it_is_asked_for(
+    demo_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, read = Store(demo_store.path), []
+    true_read = anndata.read_h5ad
+    monkeypatch.setattr(anndata, "read_h5ad", lambda file: (read.append(file), true_read(file))[1])
+    names = list(store.sections)[:2]
+    with store.read_once():
+        inside = [(store.counts(names), store.spots(names)) for _ in range(2)]
+    assert len(read) == 2
+    assert (inside[0][0] != inside[1][0]).nnz == 0
+    assert inside[0][1].equals(inside[1][1])
+    store.spots(names)
+    assert len(read) == 4

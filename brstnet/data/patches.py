@@ -1,5 +1,6 @@
 """Slides to pixels: read a slide, find what is white on it, cut a patch round each spot."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import cv2
@@ -94,12 +95,19 @@ def cut(image: np.ndarray, corners_N2: np.ndarray, window_px: int, input_px: int
 
     Shrunk by area (each pixel the mean of what it covers), enlarged by cubic interpolation.
     """
-    patches = np.empty((len(corners_N2), input_px, input_px, 3), np.uint8)
-    how = cv2.INTER_AREA if input_px < window_px else cv2.INTER_CUBIC
-    for patch, (x, y) in zip(patches, corners_N2, strict=True):
-        window = image[y : y + window_px, x : x + window_px]
-        same = input_px == window_px
-        patch[...] = window if same else cv2.resize(window, (input_px, input_px), interpolation=how)
+    windows = (image[y : y + window_px, x : x + window_px] for x, y in corners_N2)
+    return resize(windows, len(corners_N2), input_px)
+
+
+def resize(windows: Iterable[np.ndarray], n: int, side_px: int) -> np.ndarray:
+    """So many square windows as patches of another side, uint8 (n, side_px, side_px, 3)."""
+    patches = np.empty((n, side_px, side_px, 3), np.uint8)
+    for patch, window in zip(patches, windows, strict=True):
+        if len(window) == side_px:
+            patch[...] = window
+            continue
+        how = cv2.INTER_AREA if side_px < len(window) else cv2.INTER_CUBIC
+        cv2.resize(window, (side_px, side_px), dst=patch, interpolation=how)
     return patches
 
 

@@ -5,11 +5,14 @@ STORE/genes.parquet         all genes of the store: id, symbol
 STORE/<section>/patches.npy     uint8 (N, H, W, 3), to be memory-mapped
 STORE/<section>/spots.h5ad      raw counts (CSR), position, white fraction, total, label
 STORE/<section>/ledger.parquet  every raw spot: kept, or the reason it was not
+STORE/derived/<hash>.npy    shrunk patches, features of frozen backbones; may be removed at any time
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +24,7 @@ import pandas as pd
 from scipy import sparse
 
 from brstnet.config import fingerprint
+from brstnet.data.patches import resize
 
 FORMAT = "brstnet-store"
 VERSION = 1
@@ -87,10 +91,47 @@ class Store:
             )
         return [n for n, entry in self.sections.items() if entry["patient"] in wanted]
 
-    def patches(self, section: str) -> np.ndarray:
-        """Patches of a section, uint8 (N, H, W, 3), memory-mapped."""
-        mapped: np.ndarray = np.load(self.path / section / "patches.npy", mmap_mode="r")
-        return mapped
+    def patches(self, section: str, side_px: int | None = None) -> np.ndarray:
+        """Patches of a section, uint8 (N, H, W, 3), memory-mapped.
+
+        Shrunk to `side_px` by area, as prepare would have made them; those are kept in the store's
+        folder, in `derived/`.
+        """
+        if side_px in (None, self.input_px):
+            return _mapped(self.path / section / "patches.npy")
+        made_of = {"patches": self.sections[section]["files"]["patches.npy"], "side_px": side_px}
+
+        def shrink() -> np.ndarray:
+            whole = self.patches(section)
+            return resize(whole, len(whole), side_px)
+
+        return self.derived(made_of, shrink)
+
+    def derived(self, made_of: Mapping[str, Any], make: Callable[[], np.ndarray]) -> np.ndarray:
+        """What follows from the store's content, made once and kept beside it, memory-mapped.
+
+        Args:
+            made_of: everything that it follows from; its hash is the file's name.
+            make: makes it, if it is not there yet. Who may not write there makes it each time.
+        """
+        file = self.path / "derived" / f"{fingerprint(made_of)}.npy"
+        if file.is_file():
+            return _mapped(file)
+        array = make()
+        scratch = file.with_name(f"{file.stem}.{os.getpid()}.tmp.npy")
+        try:
+            file.parent.mkdir(exist_ok=True)
+            np.save(scratch, array)
+            scratch.rename(file)
+            return _mapped(file)
+        except OSError as error:
+            scratch.unlink(missing_ok=True)
+            warnings.warn(
+                f"{file.parent}: nothing can be kept here ({error.strerror}): what is derived from "
+                "the store is made anew by every run",
+                stacklevel=2,
+            )
+        return array
 
     def spots(self, sections: Sequence[str]) -> pd.DataFrame:
         """Kept spots of these sections in order, with `section`, `patient` and `spot` columns."""
@@ -153,6 +194,11 @@ class Store:
             "sections": self.index["sections"],
             "left_alone": self.index["left_alone"],
         }
+
+
+def _mapped(file: Path) -> np.ndarray:
+    array: np.ndarray = np.load(file, mmap_mode="r")
+    return array
 
 
 def read_index(path: Path) -> dict[str, Any]:

@@ -113,20 +113,21 @@ def predict(member: Checkpoint, store: Store, sections: Sequence[str]) -> pd.Dat
     """Predictions of one model in its log units, a row per spot, a column per gene."""
     check_store(member, store)
     device = next(member.model.parameters()).device
-    spots = load_spots(store, sections, member.fitted, device)
-    units = Units.of(member.fitted, member.settings.training, device)
-    precision = choose_precision(member.settings.training, device)
+    training = member.settings.training
+    spots = load_spots(store, sections, member.fitted, device, training.input_px)
+    units = Units.of(member.fitted, training, device)
+    precision = choose_precision(training, device)
     fit_to(member.model, device, precision)
     parts = []
     for rows_B in torch.from_numpy(spots.rows).to(device).split(EVAL_BATCH):
         x_BHWC = spots.patches(rows_B)
         preds = []
-        for view in range(member.settings.training.views):
+        for view in range(training.views):
             x_BCHW = units.image(turn(x_BHWC, torch.full_like(rows_B, view)))
             with torch.autocast(device.type, precision, enabled=precision != torch.float32):
                 preds.append(units.whole(member.model(x_BCHW)))
         parts.append(torch.stack(preds).mean(0).cpu().numpy())
-    shift, scale = target_scale(member.fitted, member.settings.training.aux_target)
+    shift, scale = target_scale(member.fitted, training.aux_target)
     return pd.DataFrame(np.concatenate(parts) * scale + shift, columns=member.fitted.genes.index)
 
 

@@ -1,22 +1,18 @@
 """A frozen backbone's features, computed once for each section and symmetry and kept.
 
-They lie in the store's folder, in `features/`, one file a section: float32 (8, N, F), the file's
-name a hash of everything that they follow from. Who may not write there computes them anew.
+They are derived from the store and kept there (`Store.derived`), a file a section.
 """
 
+import functools
 import hashlib
 import json
-import os
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import timm
 import torch
 from torch import nn
 
-from brstnet.config import fingerprint
 from brstnet.data.store import Store
 from brstnet.training.batches import Units, turn
 from brstnet.training.model import architecture
@@ -34,8 +30,7 @@ def load_features(
     backbone: nn.Module,
     units: Units,
     precision: torch.dtype,
-    *,
-    keep: bool,
+    side_px: int,
 ) -> np.ndarray:
     """Features of every spot of these sections in every symmetry, float32 (8, N, F).
 
@@ -45,28 +40,23 @@ def load_features(
         backbone: on the device, in evaluation mode.
         units: how patches are standardised for it.
         precision: of its forward pass.
-        keep: write down what is computed.
+        side_px: of the patches that it sees.
     """
     weights = _weights_hash(backbone)
     parts = []
     for name in sections:
         made_of = {
             "patches": store.sections[name]["files"]["patches.npy"],
+            "side_px": side_px,
             "weights": weights,
             "mean": units.image_mean.flatten().tolist(),
             "std": units.image_std.flatten().tolist(),
-            "input_px": units.input_px,
             "precision": str(precision),
             "versions": [torch.__version__, timm.__version__],
         }
-        file = store.path / "features" / f"{fingerprint(made_of)}.npy"
-        if not file.is_file():
-            found = compute(store.patches(name), backbone, units, precision)
-            if keep:
-                _write(file, found)
-            parts.append(found)
-        else:
-            parts.append(np.load(file))
+        patches = store.patches(name, side_px)
+        make = functools.partial(compute, patches, backbone, units, precision)
+        parts.append(store.derived(made_of, make))
     return np.concatenate(parts, axis=1)
 
 
@@ -94,18 +84,3 @@ def compute(
                 feature_BF = backbone(units.image(turned))
             found[view, start : start + len(x_BHWC)] = feature_BF.float().cpu().numpy()
     return found
-
-
-def _write(file: Path, features_VNF: np.ndarray) -> None:
-    scratch = file.with_name(f"{file.stem}.{os.getpid()}.tmp.npy")
-    try:
-        file.parent.mkdir(exist_ok=True)
-        np.save(scratch, features_VNF)
-        scratch.rename(file)
-    except OSError as error:
-        scratch.unlink(missing_ok=True)
-        warnings.warn(
-            f"{file.parent}: features cannot be kept here ({error.strerror}): the next run must "
-            "compute them again",
-            stacklevel=2,
-        )

@@ -132,7 +132,8 @@ def _assemble(
     fitted = fit_statistics(store, fold, settings)
     report = leak_gate(store, fold, fitted, settings.protocol)
     torch.manual_seed(training.seed)
-    backbone = build_backbone(training, training.input_px or store.input_px)
+    side_px = training.input_px or store.input_px
+    backbone = build_backbone(training, side_px)
     if training.image_statistics == "weights":
         mean, std = colours(backbone)
         fitted = replace(fitted, image_mean=mean, image_std=std)
@@ -140,7 +141,7 @@ def _assemble(
     allowed = training_rows(store.spots(fold.train), settings.protocol)
     model = with_heads(backbone, training, fitted).to(device)
     fit_to(model, device, precision)
-    train = load_spots(store, fold.train, fitted, device, rows=allowed)
+    train = load_spots(store, fold.train, fitted, device, side_px, rows=allowed)
     units = Units.of(fitted, training, device)
     if training.target_rank is not None:
         units = units.of_rank(training.target_rank, fitted.main_genes, train)
@@ -150,7 +151,7 @@ def _assemble(
         fitted=fitted,
         units=units,
         train=train,
-        validation=load_spots(store, fold.validation, fitted, device),
+        validation=load_spots(store, fold.validation, fitted, device, side_px),
         patients=tuple(store.sections[name]["patient"] for name in fold.validation),
         device=device,
         precision=precision,
@@ -180,11 +181,10 @@ def _check(store: Store, training: Training, here: distributed.World) -> None:
 
 def freeze(task: Task, model: BrSTNet, store: Store) -> tuple[Task, BrSTNet]:
     """Let the backbone see every patch once; from then on its features alone are trained on."""
+    side_px = task.training.input_px or store.input_px
     backbone, fold = model.backbone.eval().requires_grad_(False), task.fold  # noqa: FBT003
     seen = {
-        name: load_features(
-            store, sections, backbone, task.units, task.precision, keep=task.here.leads
-        )
+        name: load_features(store, sections, backbone, task.units, task.precision, side_px)
         for name, sections in (("train", fold.train), ("validation", fold.validation))
     }
     spots = {
