@@ -6,9 +6,9 @@
 
 The protocol is that of sweeps/her2st.yaml: sections C2 to C5 of one patient are the four folds,
 patient B is held out, targets are log_normalised. An arm is a preset's training, maybe with other
-settings (`+name=value`); for each seed its four fold models are trained and their mean is judged on
-B. What is finished under `--out` is not repeated. A preset wants the store that its `prepare` makes;
-the ridge sees the same store's patches.
+settings (`+name=value`); for each seed its four fold models are trained and their mean is judged
+on B. What is finished under `--out` is not repeated. A preset wants the store that its `prepare`
+makes; the ridge sees the same store's patches.
 """
 
 import argparse

@@ -105,6 +105,9 @@ def test_same_stains_give_the_bytes_of_staintools(
     np.testing.assert_array_equal(stain.normalise(source, target), expected)
     given = stain.normalise(source, target, source_matrix=source_matrix)
     np.testing.assert_array_equal(given, expected)
+    as_it_is = stain.normalise(source, target, source_matrix=source_matrix, lightness=False)
+    np.testing.assert_array_equal(as_it_is, normaliser.transform(source.copy()))
+    assert not np.array_equal(as_it_is, expected)
 
 
 def test_target_concentrations_are_those_of_staintools() -> None:
