@@ -299,11 +299,18 @@ def _three(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def machine(device: torch.device, precision: torch.dtype, workers: int) -> dict[str, Any]:
-    """What the bits of a run depend on beside its settings."""
+    """What the bits of a run depend on beside its settings.
+
+    TensorFloat-32 is left as PyTorch has it: on in convolutions that are float32, off in products.
+    """
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "precision": str(precision).removeprefix("torch."),
         "layout": "channels_last",
+        "tf32": {
+            "convolution": torch.backends.cudnn.allow_tf32,
+            "product": torch.backends.cuda.matmul.allow_tf32,
+        },
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "workers": workers,
