@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from trainings import CPU, Stop, same_bits, stop_after, train, weights, with_training
 
 from brstnet import __version__
 from brstnet.config import Settings, plain
@@ -22,7 +23,6 @@ from brstnet.training.batches import Units
 from brstnet.training.keep import FitResult
 from brstnet.training.task import Run, prepare_task
 from brstnet.training.train import run_epoch, start
-from runs import CPU, Stop, same_bits, stop_after, train, weights, with_training
 
 
 class Killed(Exception):

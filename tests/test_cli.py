@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from tiny_raw import content, tiny, write_her2st
 from torch import Tensor
+from trainings import same_bits, train, with_training
 
 import brstnet
 from brstnet import __main__ as cli
@@ -25,7 +26,6 @@ from brstnet.data.store import FORMAT, VERSION, Store
 from brstnet.training.checkpoint import read_facts
 from brstnet.training.keep import finished, read_progress
 from brstnet.training.step import train_step
-from runs import same_bits, train, with_training
 
 DEMO = {
     "patients": 6,

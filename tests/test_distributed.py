@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
+from trainings import CPU, Stop, history, same_bits, stop_at, train, with_training
 
 from brstnet import metrics
 from brstnet.config import Settings
@@ -29,7 +30,6 @@ from brstnet.training.keep import finished
 from brstnet.training.step import train_step
 from brstnet.training.task import Run, Task, prepare_task
 from brstnet.training.train import fit, start
-from runs import CPU, Stop, history, same_bits, stop_at, train, with_training
 
 WORLD = 2
 FIELDS = ("mx", "my", "sxx", "syy", "sxy")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from trainings import CPU, Stop, with_training
 
 from brstnet import metrics
 from brstnet.config import Settings
@@ -18,7 +19,6 @@ from brstnet.training.epoch import train_epoch, validate
 from brstnet.training.keep import validation_table
 from brstnet.training.task import prepare_task
 from brstnet.training.train import run_epoch, start
-from runs import CPU, Stop, with_training
 
 
 def test_an_epoch_is_the_steps_of_its_plan(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from trainings import CPU, Stop, same_bits, stop_at, train, weights, with_training
 
 from brstnet.config import Settings, fingerprint
 from brstnet.data.store import Store
@@ -21,7 +22,6 @@ from brstnet.training.optim import Rate, make_optimizer
 from brstnet.training.step import train_step
 from brstnet.training.task import prepare_task
 from brstnet.training.train import start
-from runs import CPU, Stop, same_bits, stop_at, train, weights, with_training
 
 
 @pytest.fixture

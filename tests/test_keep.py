@@ -9,6 +9,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from trainings import (
+    CPU,
+    Stop,
+    history,
+    quiet,
+    same_bits,
+    stop_after,
+    stop_at,
+    train,
+    with_training,
+)
 
 from brstnet.config import Settings, Training
 from brstnet.data.store import Store
@@ -18,7 +29,6 @@ from brstnet.training.keep import FitResult, finished, halve, micro_batch
 from brstnet.training.step import train_step
 from brstnet.training.task import prepare_task
 from brstnet.training.train import fit, start
-from runs import CPU, Stop, history, quiet, same_bits, stop_after, stop_at, train, with_training
 
 ALONE = World()
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from trainings import train, weights, with_training
 
 from brstnet.config import Settings, Training
 from brstnet.data.store import Store
@@ -25,7 +26,6 @@ from brstnet.training.step import (
     recorded,
     train_step,
 )
-from runs import train, weights, with_training
 
 # A step ------------------------------------------------------------------------------------------
 

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from trainings import CPU, with_training
 
 from brstnet.config import Settings
 from brstnet.data.store import Store
 from brstnet.training.fitted import training_rows
 from brstnet.training.model import build_model
 from brstnet.training.task import prepare_task
-from runs import CPU, with_training
 
 
 def test_a_task_trains_on_spots_that_are_not_white_and_validates_on_all(

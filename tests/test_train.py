@@ -20,6 +20,17 @@ import pytest
 import torch
 from scipy import sparse
 from torch import Tensor
+from trainings import (
+    CPU,
+    Stop,
+    history,
+    same_bits,
+    stop_after,
+    stop_at,
+    train,
+    weights,
+    with_training,
+)
 
 from brstnet import metrics
 from brstnet.config import Protocol, Settings, Training
@@ -34,17 +45,6 @@ from brstnet.training.optim import Rate
 from brstnet.training.step import train_step
 from brstnet.training.task import Progress, prepare_task
 from brstnet.training.train import ended, note_epoch
-from runs import (
-    CPU,
-    Stop,
-    history,
-    same_bits,
-    stop_after,
-    stop_at,
-    train,
-    weights,
-    with_training,
-)
 
 HELD_OUT = "BC90006"
 
