@@ -243,7 +243,7 @@ class Units:
     components_GK: Tensor | None = None
 
     @classmethod
-    def of(cls, fitted: Fitted, training: Training, device: torch.device) -> "Units":
+    def of(cls, fitted: Fitted, training: Training, device: torch.device) -> Self:
         """The units of a fold."""
         mean, std = target_scale(fitted, training.aux_target)
         slope = fitted.genes["depth_slope"].to_numpy(np.float32) * fitted.depth_std / std

@@ -200,11 +200,6 @@ def restore_state(
         moving.load_state_dict(weights)
 
 
-def remove(path: Path) -> None:
-    """Take a checkpoint away; what is left of one that is killed here is no checkpoint."""
-    shutil.rmtree(path, ignore_errors=True)
-
-
 def settle(path: Path) -> bool:
     """Whether there is a checkpoint at `path`; one that was being replaced is put back first."""
     old = path.with_name(path.name + ".old")

@@ -108,9 +108,8 @@ def validate(
         rows = spots.rows[spots.section_N[spots.rows] == number][task.here.rank :: task.here.size]
         for start in range(0, len(rows), EVAL_BATCH):  # a small section may have none for this rank
             rows_B = torch.from_numpy(rows[start : start + EVAL_BATCH]).to(task.device)
-            batch_loss, pred_BG = predict_batch(task, model, rows_B, views)
+            batch_loss, pred_BG, y_BG = predict_batch(task, model, rows_B, views)
             loss += batch_loss * len(rows_B)
-            y_BG = task.units.target(spots.batch(rows_B))
             found = metrics.moments(pred_BG[:, panel_G].double(), y_BG[:, panel_G].double())
             part = metrics.merge(part, found)
         sections.append(distributed.merge_everywhere(part, task.here))
@@ -120,8 +119,8 @@ def validate(
 
 def predict_batch(
     task: Task, model: nn.Module, rows_B: Tensor, views: int
-) -> tuple[Tensor, Tensor]:
-    """Loss and standardised predictions (B, G) of validation spots, the mean over the views."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of validation spots: loss and predictions (B, G), means over the views; targets (B, G)."""
     units = task.units
     losses, preds = [], []
     for view in range(views):
@@ -132,7 +131,7 @@ def predict_batch(
             main, aux, outputs = loss_parts(model, units.input(batch), units.goal(batch))
         losses.append(main + task.training.aux_weight * aux)
         preds.append(units.whole(outputs))
-    return torch.stack(losses).mean(), torch.stack(preds).mean(0)
+    return torch.stack(losses).mean(), torch.stack(preds).mean(0), units.target(batch)
 
 
 def _on_host(m: metrics.Moments) -> metrics.Moments:

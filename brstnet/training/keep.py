@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ def save(run: Run, sections: list[metrics.Moments]) -> None:
             alone = dataclasses.replace(contents, state=None, progress=None)
             checkpoint.save(run.out / "best", alone)
         checkpoint.save(run.out / "last", contents)
-        checkpoint.remove(run.out / "position")
+        shutil.rmtree(run.out / "position", ignore_errors=True)
 
     run.saver.submit(write)
 

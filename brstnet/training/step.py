@@ -68,9 +68,8 @@ def train_step(
     """
     optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=x.device)
-    parts = list(
-        zip(x.split(micro_batch or len(x)), goal.split(micro_batch or len(x)), strict=True)
-    )
+    size = micro_batch or len(x)
+    parts = list(zip(x.split(size), goal.split(size), strict=True))
     for number, (part, y) in enumerate(parts, 1):
         with _no_sync(model, last=number == len(parts)):  # DDP asks for the forward in it too
             with torch.autocast(x.device.type, precision, enabled=precision != torch.float32):

@@ -82,7 +82,10 @@ def fit(
     while True:
         taken = micro_batch(out, settings.training, distributed.world())
         try:
-            return _fit(store, settings, fold, out, device, on_epoch, on_step)
+            # Nothing of the run has a name here: where memory runs out all of it must go.
+            return _to_the_end(
+                start(*prepare_task(store, settings, fold, device), out), on_epoch, on_step
+            )
         except (RuntimeError, MemoryError) as error:
             if not _ran_out(error):
                 raise
@@ -92,21 +95,12 @@ def fit(
             torch.cuda.empty_cache()
 
 
-def _fit(
-    store: Store,
-    settings: Settings,
-    fold: int,
-    out: Path,
-    device: torch.device,
-    on_epoch: OnEpoch,
-    on_step: OnStep | None,
-) -> FitResult:
-    task, model = prepare_task(store, settings, fold, device)
-    run = start(task, model, out)
+def _to_the_end(run: Run, on_epoch: OnEpoch, on_step: OnStep | None) -> FitResult:
+    """Epoch after epoch until the stopping rule says so; what was begun to be saved is on disk."""
     try:
-        while not ended(run.progress, settings.training):
+        while not ended(run.progress, run.task.training):
             run_epoch(run, on_step)
-            if task.here.leads:
+            if run.task.here.leads:
                 on_epoch(run.progress.history[-1])
     finally:
         run.saver.wait()
