@@ -9,7 +9,7 @@ import resource
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from trainings import (
 from brstnet import metrics
 from brstnet.config import Protocol, Settings, Training
 from brstnet.data.store import Store
+from brstnet.launch import ALLOCATOR
 from brstnet.training import checkpoint
 from brstnet.training import train as training
 from brstnet.training.epoch import validate
@@ -558,16 +559,27 @@ def fit_in(limit: int, store: Path, settings: Settings, out: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_DATA")
+@pytest.mark.parametrize(("allocator", "limit"), [({}, 3 * GIB // 2), (ALLOCATOR, 3 * GIB)])
 def test_a_store_larger_than_memory_is_trained_on(
-    demo_store: Store, settings: Settings, tmp_path: Path
+    demo_store: Store,
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    allocator: Mapping[str, str],
+    limit: int,
 ) -> None:
+    """With the launcher's settings each thread's heap grows by 256 MiB at a time."""
+    for name in ALLOCATOR:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in allocator.items():
+        monkeypatch.setenv(name, value)
     asked = with_training(settings, input_px=32)
     few, _ = prepare_task(demo_store, asked, 0, CPU)
     store = larger_than_memory(demo_store, tmp_path / "store", few.fold.train)
     size = sum(store.patches(name).nbytes for name in store.sections)
     assert size > 4 * GIB
     child = multiprocessing.get_context("spawn").Process(
-        target=fit_in, args=(3 * GIB // 2, store.path, asked, tmp_path / "fit")
+        target=fit_in, args=(limit, store.path, asked, tmp_path / "fit")
     )
     child.start()
     child.join(300)
