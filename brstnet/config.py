@@ -139,6 +139,14 @@ class Training:
             section and symmetry, and kept beside the store.
         image_statistics: colours are standardised by the training patches' mean and deviation
             (paper), or by those that the backbone's weights were trained with.
+        augmentation: what a training patch goes through. `symmetries`: one of the square's eight
+            (paper: random flips and rotation). `none`: it stays as it lies. `colour`: a symmetry,
+            and its haematoxylin, eosin and residual stain are each multiplied by 1 + a and shifted
+            by b, uniform in -0.05..0.05 (HED-light of Tellez et al. 2019, doi
+            10.1016/j.media.2019.101544). Validation and prediction see no jitter.
+        min_counts: training spots with fewer total counts are not drawn; 0 draws all (paper).
+            Panel, targets and validation stay as they are, and so do the statistics that targets
+            and images are standardised by: scores can be compared.
         genes: genes of the main head, those with the highest mean count (paper: 250).
         auxnet: predict all other genes by a second linear head (AuxNet).
         aux_weight: lambda in loss = main + lambda * auxiliary (paper: 40, code: 1).
@@ -187,6 +195,8 @@ class Training:
     weights: str | None = None
     frozen: bool = False
     image_statistics: Literal["training", "weights"] = "training"
+    augmentation: Literal["symmetries", "none", "colour"] = "symmetries"
+    min_counts: int = 0
     genes: int = 250
     auxnet: bool = True
     aux_weight: float = 40.0
@@ -229,7 +239,9 @@ class Training:
         for name in ("momentum", "dropout", "drop_path", "ema_decay"):
             share = getattr(self, name)
             _must(0 <= share < 1, f"{name} must be from 0 to below 1", share)
-        for name in ("aux_weight", "weight_decay", "min_learning_rate", "warmup_epochs", "seed"):
+        for name in ("aux_weight", "weight_decay", "min_learning_rate"):
+            _must(getattr(self, name) >= 0, f"{name} must not be negative", getattr(self, name))
+        for name in ("min_counts", "warmup_epochs", "seed"):
             _must(getattr(self, name) >= 0, f"{name} must not be negative", getattr(self, name))
         if (rate := self.backbone_learning_rate) is not None:
             _must(rate >= 0, "backbone_learning_rate must not be negative", rate)
@@ -241,6 +253,12 @@ class Training:
             _must(self.cosine_period >= 1, "cosine_period must be at least 1", self.cosine_period)
         if self.input_px is not None:
             _must(16 <= self.input_px <= 4096, "input_px must be from 16 to 4096", self.input_px)
+        _must(
+            not (self.frozen and self.augmentation == "colour"),
+            "augmentation must be symmetries or none with frozen: true (its features are computed "
+            "once for each symmetry, while colour changes a patch in every epoch)",
+            self.augmentation,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,12 +15,14 @@ import torch
 from brstnet.config import Settings, Training
 from brstnet.data.store import Store
 from brstnet.training import batches
-from brstnet.training.batches import Batch, Spots, Units, epoch_plan, load_spots, turn
+from brstnet.training.batches import Batch, Plan, Spots, Units, epoch_plan, load_spots, turn
 from brstnet.training.fitted import Fitted, fit_statistics, training_rows, transform
 from brstnet.training.folds import Fold, make_folds
+from brstnet.training.jitter import draw_jitter, jitter
 from brstnet.training.model import Outputs
 
 CPU = torch.device("cpu")
+AUGMENTATIONS = ("none", "symmetries", "colour")
 
 
 @pytest.fixture
@@ -74,13 +76,19 @@ def test_turn_bit_by_bit_as_numpy_would() -> None:
         np.testing.assert_array_equal(got, expected)
 
 
+def both(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and symmetries of a plan that has both."""
+    assert plan.symmetry_SB is not None
+    return plan.rows_SB, plan.symmetry_SB
+
+
 # The plan of an epoch ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("n", "batch"), [(10, 4), (12, 4), (3, 8), (1, 2), (1000, 32)])
 def test_every_row_is_drawn_and_every_batch_is_full(n: int, batch: int) -> None:
     rows = np.random.default_rng(0).choice(5000, n, replace=False)
-    drawn, symmetry = epoch_plan(rows, batch, seed=1, epoch=2)
+    drawn, symmetry = both(epoch_plan(rows, batch, seed=1, epoch=2))
     steps = -(-n // batch)
     assert drawn.shape == symmetry.shape == (steps, batch)
     times = Counter(drawn.ravel().tolist())
@@ -94,18 +102,23 @@ def test_every_row_is_drawn_and_every_batch_is_full(n: int, batch: int) -> None:
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_ranks_share_out_each_batch_that_one_process_would_draw(world: int) -> None:
     rows = np.arange(100, 150)
-    whole = np.stack(epoch_plan(rows, 16, seed=3, epoch=5))
-    parts = [np.stack(epoch_plan(rows, 16, 3, 5, rank, world)) for rank in range(world)]
-    assert {part.shape for part in parts} == {(2, 4, 16 // world)}
-    for rank, part in enumerate(parts):
-        np.testing.assert_array_equal(part, whole[:, :, rank::world])
+    whole = epoch_plan(rows, 16, 3, 5, augmentation="colour")
+    for rank in range(world):
+        part = epoch_plan(rows, 16, 3, 5, rank, world, "colour")
+        for mine, all_of_it in zip(part, whole, strict=True):
+            assert mine is not None
+            assert all_of_it is not None
+            assert mine.shape[:2] == (4, 16 // world)
+            np.testing.assert_array_equal(mine, all_of_it[:, rank::world])
 
 
-def test_the_plan_follows_from_seed_and_epoch_alone() -> None:
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+def test_the_plan_follows_from_seed_and_epoch_alone(augmentation: str) -> None:
     rows = np.arange(40)
 
     def plan(seed: int, epoch: int) -> bytes:
-        return np.stack(epoch_plan(rows, 8, seed, epoch)).tobytes()
+        drawn = epoch_plan(rows, 8, seed, epoch, augmentation=augmentation)
+        return b"".join(part.tobytes() for part in drawn if part is not None)
 
     first = plan(0, 0)
     np.random.default_rng().random()
@@ -115,9 +128,36 @@ def test_the_plan_follows_from_seed_and_epoch_alone() -> None:
 
 
 def test_symmetries_are_uniform() -> None:
-    _, symmetry = epoch_plan(np.arange(8000), 32, seed=0, epoch=0)
+    _, symmetry = both(epoch_plan(np.arange(8000), 32, seed=0, epoch=0))
     counts = np.bincount(symmetry.ravel(), minlength=8)
     assert ((counts - 1000) ** 2 / 1000).sum() < 24.3  # chi squared, 7 degrees: 1 in 1000
+
+
+def test_augmentations_draw_the_same_rows_and_symmetries() -> None:
+    """Each as it would without the next; no patch, step or epoch has the jitter of another."""
+    rows = np.arange(40)
+    none, turned, colour = (
+        epoch_plan(rows, 8, 3, 5, augmentation=augmentation) for augmentation in AUGMENTATIONS
+    )
+    assert none[1:] == (None, None)
+    assert turned.jitter_SB43 is None
+    for plan in (none, colour):
+        np.testing.assert_array_equal(plan.rows_SB, turned.rows_SB)
+    np.testing.assert_array_equal(colour.symmetry_SB, turned.symmetry_SB)
+    maps = [epoch_plan(rows, 8, 3, epoch, augmentation="colour").jitter_SB43 for epoch in (5, 6)]
+    np.testing.assert_array_equal(colour.jitter_SB43, maps[0])
+    drawn = np.stack(maps)
+    assert drawn.shape == (2, 5, 8, 4, 3)
+    assert len(np.unique(drawn.reshape(80, 12), axis=0)) == 80
+
+
+def test_a_part_of_a_plan_is_its_steps() -> None:
+    for augmentation in AUGMENTATIONS:
+        whole = epoch_plan(np.arange(40), 8, 3, 5, augmentation=augmentation)
+        for part, all_of_it in zip(whole.part(1, 3), whole, strict=True):
+            assert (part is None) == (all_of_it is None)
+            if part is not None and all_of_it is not None:
+                np.testing.assert_array_equal(part, all_of_it[1:3])
 
 
 def test_generators_differ_by_key_and_repeat_by_key() -> None:
@@ -211,46 +251,45 @@ def test_counts_stay_whole_numbers_however_high(
 # Feeding -----------------------------------------------------------------------------------------
 
 
-def plan(spots: Spots, steps: int = 7) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and symmetries of some steps of 8."""
-    rng = np.random.default_rng(3)
-    return rng.choice(spots.rows, (steps, 8)), rng.integers(0, 8, (steps, 8))
+def plan(spots: Spots, augmentation: str = "symmetries") -> Plan:
+    """Some steps of 8."""
+    rows = np.random.default_rng(3).choice(spots.rows, 56)
+    return epoch_plan(rows, 8, 3, 0, augmentation=augmentation)
 
 
 def same(one: Batch, other: Batch) -> bool:
-    fields = [f.name for f in dataclasses.fields(Batch)]
-    return all(torch.equal(getattr(one, f), getattr(other, f)) for f in fields)
+    pairs = [(getattr(one, f.name), getattr(other, f.name)) for f in dataclasses.fields(Batch)]
+    return all(a is b is None or torch.equal(a, b) for a, b in pairs)
 
 
-def test_the_feed_is_direct_indexing_in_order(spots: Spots) -> None:
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+def test_the_feed_is_direct_indexing_in_order(spots: Spots, augmentation: str) -> None:
     """From the maps by a thread, and from memory."""
-    rows_SB, symmetry_SB = plan(spots)
+    drawn = plan(spots, augmentation)
     resident = dataclasses.replace(
         spots, resident=torch.from_numpy(np.concatenate(list(spots.maps)))
     )
-    fed = list(spots.feed(rows_SB, symmetry_SB))
-    picked = list(resident.feed(rows_SB, symmetry_SB))
+    fed, picked = list(spots.feed(drawn)), list(resident.feed(drawn))
     assert len(fed) == len(picked) == 7
     whole = np.concatenate(list(spots.maps))
     for step, (one, other) in enumerate(zip(fed, picked, strict=True)):
-        direct = spots.batch(*(torch.from_numpy(p[step]) for p in (rows_SB, symmetry_SB)))
+        direct = spots.batch(*(None if p is None else torch.from_numpy(p[step]) for p in drawn))
         assert same(one, direct)
         assert same(other, direct)
-        np.testing.assert_array_equal(one.x, whole[rows_SB[step]])
+        np.testing.assert_array_equal(one.x, whole[drawn.rows_SB[step]])
 
 
 @pytest.mark.parametrize("first", [0, 1, 5, 6, 7])
 def test_fed_from_the_middle_of_a_plan_the_batches_are_the_same(spots: Spots, first: int) -> None:
-    rows_SB, symmetry_SB = plan(spots)
-    whole = list(spots.feed(rows_SB, symmetry_SB))[first:]
-    rest = list(spots.feed(rows_SB[first:], symmetry_SB[first:]))
+    drawn = plan(spots, "colour")
+    whole = list(spots.feed(drawn))[first:]
+    rest = list(spots.feed(drawn.part(first)))
     assert len(rest) == len(whole) == 7 - first
     assert all(same(one, other) for one, other in zip(rest, whole, strict=True))
 
 
 def test_a_batch_that_was_fed_is_not_written_to_again(spots: Spots) -> None:
-    rows_SB, symmetry_SB = plan(spots)
-    kept = [(batch, batch.x.clone()) for batch in spots.feed(rows_SB, symmetry_SB)]
+    kept = [(batch, batch.x.clone()) for batch in spots.feed(plan(spots))]
     assert all(torch.equal(batch.x, copy) for batch, copy in kept)
 
 
@@ -260,7 +299,7 @@ def test_no_more_than_a_few_batches_are_gathered_ahead(
     gathered: list[int] = []
     true = Spots._gathered
     monkeypatch.setattr(Spots, "_gathered", lambda s, r: (gathered.append(1), true(s, r))[1])
-    feed = spots.feed(*plan(spots))
+    feed = spots.feed(plan(spots))
     for taken, _ in enumerate(feed, 1):
         time.sleep(0.02)
         assert len(gathered) <= taken + batches.AHEAD
@@ -273,7 +312,7 @@ def test_an_error_in_the_consumer_or_in_the_gathering_ends_the_feed(
     before = threading.active_count()
 
     def consume() -> None:
-        for _ in spots.feed(*plan(spots)):
+        for _ in spots.feed(plan(spots)):
             raise KeyError("consumer")
 
     with pytest.raises(KeyError, match="consumer"):
@@ -285,7 +324,7 @@ def test_an_error_in_the_consumer_or_in_the_gathering_ends_the_feed(
 
     monkeypatch.setattr(Spots, "_gathered", broken)
     with pytest.raises(OSError, match="the disk is gone"):
-        list(spots.feed(*plan(spots)))
+        list(spots.feed(plan(spots)))
     assert threading.active_count() == before
 
 
@@ -341,10 +380,12 @@ def test_features_take_the_place_of_patches(spots: Spots) -> None:
     n = len(spots.counts_NG)
     seen = dataclasses.replace(spots, features_VNF=torch.randn(8, n, 5))
     assert seen.features_VNF is not None
-    rows_SB, symmetry_SB = plan(spots)
-    for step, batch in enumerate(seen.feed(rows_SB, symmetry_SB)):
+    rows_SB, symmetry_SB = both(plan(spots))
+    for step, batch in enumerate(seen.feed(plan(spots))):
         assert torch.equal(batch.x, seen.features_VNF[symmetry_SB[step], rows_SB[step]])
         assert batch.symmetry_B is None
+    for step, batch in enumerate(seen.feed(plan(spots, "none"))):
+        assert torch.equal(batch.x, seen.features_VNF[0, rows_SB[step]])
     rows_B = torch.tensor([4, 0, 9])
     assert torch.equal(seen.batch(rows_B).x, seen.features_VNF[0, rows_B])
 
@@ -391,6 +432,12 @@ def test_the_input_of_a_batch_is_turned_and_then_standardised(fitted: Fitted, sp
     turned = made.image(turn(spots.patches(rows_B), how_B))
     assert torch.equal(made.input(spots.batch(rows_B, how_B)), turned)
     assert torch.equal(made.input(spots.batch(rows_B)), made.image(spots.patches(rows_B)))
+    maps = torch.from_numpy(draw_jitter(np.random.default_rng(0), (16,)))
+    jittered = made.image(jitter(turn(spots.patches(rows_B), how_B), maps))
+    assert torch.equal(made.input(spots.batch(rows_B, how_B, maps)), jittered)
+    assert torch.equal(
+        made.input(spots.batch(rows_B, None, maps)), made.image(jitter(spots.patches(rows_B), maps))
+    )
     features = torch.randn(3, 7)
     batch = dataclasses.replace(spots.batch(rows_B[:3]), x=features)
     assert made.input(batch) is features

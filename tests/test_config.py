@@ -216,6 +216,8 @@ def test_settings_must_be_mappings(value: object) -> None:
         ("optimizer", "adam"),
         ("engine", "cuda"),
         ("image_statistics", "imagenet"),
+        ("augmentation", "color"),
+        ("min_counts", 0.5),
         ("warmup_epochs", 0.5),
         ("micro_batch", 1.5),
         ("weights", 3),
@@ -239,6 +241,7 @@ RANGES: list[tuple[type, str, list[object], list[object]]] = [
     (Protocol, "max_white_fraction", [-0.1, 1.1, float("nan")], [0.0, 1.0]),
     (Protocol, "held_out", [["A", "A"]], [["A", "B"]]),
     (Training, "genes", [0], [1]),
+    (Training, "min_counts", [-1], [0, 2000]),
     (Training, "epochs", [0], [1]),
     (Training, "patience", [0], [1]),
     (Training, "plateau_patience", [0], [1]),
@@ -269,6 +272,15 @@ def test_ranges(cls: type, name: str, wrong: list[object], right: list[object]) 
     for value in right:
         made = getattr(build(cls, {name: value}, "x.yaml"), name)
         assert made == (tuple(value) if isinstance(value, list) else value)
+
+
+def test_colour_with_a_frozen_backbone_is_refused() -> None:
+    told = "augmentation must be symmetries or none with frozen: true .* got 'colour'"
+    with pytest.raises(ValueError, match=told):
+        Training(frozen=True, augmentation="colour")
+    with pytest.raises(ValueError, match=f"x.yaml: .*{told}"):
+        build(Settings, {"training": {"frozen": True, "augmentation": "colour"}}, "x.yaml")
+    assert Training(frozen=True, augmentation="none").frozen
 
 
 @pytest.mark.parametrize(("auxnet", "genes"), [(True, 10), (False, 250), (False, 300)])

@@ -16,27 +16,33 @@ from brstnet.data.store import Store
 from brstnet.training import epoch
 from brstnet.training.batches import Batch, epoch_plan, turn
 from brstnet.training.epoch import train_epoch, validate
+from brstnet.training.jitter import jitter
 from brstnet.training.keep import validation_table
 from brstnet.training.task import prepare_task
 from brstnet.training.train import run_epoch, start
 
 
+@pytest.mark.parametrize("augmentation", ["symmetries", "none", "colour"])
 def test_an_epoch_is_the_steps_of_its_plan(
-    demo_store: Store, settings: Settings, tmp_path: Path
+    demo_store: Store, settings: Settings, tmp_path: Path, augmentation: str
 ) -> None:
-    """By hand: draw, turn, standardise, plain SGD with plain autograd."""
+    """By hand: draw, turn, jitter, standardise, plain SGD with plain autograd."""
     settings = with_training(
         settings, backbone="test_vit", momentum=0.0, aux_weight=2.0, precision="float32"
     )
+    settings = with_training(settings, augmentation=augmentation)
     run = start(*prepare_task(demo_store, settings, 0, CPU), tmp_path)
     task, model, by_hand = run.task, run.model, copy.deepcopy(run.model)
     run.progress.epoch = 2
     mean_loss, clock = train_epoch(run)
     assert 0 < clock.read()[1] <= clock.read()[0]
     losses = []
-    plan = epoch_plan(task.train.rows, 8, task.training.seed, 3)
-    for rows, symmetry in zip(*map(torch.from_numpy, plan), strict=True):
-        x_BCHW = task.units.image(turn(task.train.patches(rows), symmetry))
+    plan = epoch_plan(task.train.rows, 8, task.training.seed, 3, augmentation="colour")
+    for rows, symmetry, maps in zip(*map(torch.from_numpy, plan), strict=True):
+        x_BHWC = task.train.patches(rows)
+        if augmentation != "none":
+            x_BHWC = turn(x_BHWC, symmetry)
+        x_BCHW = task.units.image(jitter(x_BHWC, maps) if augmentation == "colour" else x_BHWC)
         main, aux, _ = by_hand(x_BCHW)
         y_BG = task.units.target(task.train.batch(rows))
         loss = ((main - y_BG[:, :60]) ** 2).mean() + 2.0 * ((aux - y_BG[:, 60:]) ** 2).mean()
@@ -115,10 +121,8 @@ def test_the_rest_of_an_epoch_after_some_steps_is_the_same(
     demo_store: Store, settings: Settings, tmp_path: Path, first: int
 ) -> None:
     """Stopped after `first` steps and told where it was: the same loss and weights, bit for bit."""
-    whole, parts = (
-        start(*prepare_task(demo_store, with_training(settings, dropout=0.3), 0, CPU), tmp_path)
-        for _ in range(2)
-    )
+    asked = with_training(settings, dropout=0.3, augmentation="colour")
+    whole, parts = (start(*prepare_task(demo_store, asked, 0, CPU), tmp_path) for _ in range(2))
     steps: list[int] = []
 
     def stop(step: int, total: Tensor) -> None:

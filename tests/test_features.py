@@ -74,7 +74,7 @@ def test_training_on_features_is_training_the_heads_on_a_frozen_backbone(
     rate = Rate(frozen.training, task.steps)
     for epoch in range(2):
         plan = epoch_plan(task.train.rows, 8, 0, epoch)
-        for rows_B, how_B in zip(*map(torch.from_numpy, plan), strict=True):
+        for rows_B, how_B in zip(*map(torch.from_numpy, plan[:2]), strict=True):
             optimizer.param_groups[0]["lr"] = rate.now
             batch = task.train.batch(rows_B, how_B)
             x, y_BG = task.units.input(batch), task.units.target(batch)
@@ -85,6 +85,28 @@ def test_training_on_features_is_training_the_heads_on_a_frozen_backbone(
     for name, value in learned.items():
         torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-3, atol=1e-5)
         assert not torch.equal(value, first[name])
+
+
+def test_without_augmentation_training_sees_the_view_that_is_not_turned(
+    store: Store, frozen: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the features that trainings with symmetries have kept, whatever the others hold."""
+    train(store, frozen, tmp_path / "turned")
+    asked, computed = with_training(frozen, augmentation="none"), files(store)
+    expected = train(store, asked, tmp_path / "none")
+    assert files(store) == computed
+    true_derived = Store.derived
+
+    def spoilt(self: Store, made_of: Any, make: Callable[[], np.ndarray]) -> np.ndarray:
+        found = np.array(true_derived(self, made_of, make))
+        if "weights" in made_of:
+            found[1:] = np.nan
+        return found
+
+    monkeypatch.setattr(Store, "derived", spoilt)
+    result = train(store, asked, tmp_path / "spoilt")
+    assert same_bits(result.folder, expected.folder)
+    assert not same_bits(result.folder, tmp_path / "turned" / "last")
 
 
 def test_the_checkpoint_predicts_what_backbone_and_heads_do(

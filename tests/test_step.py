@@ -17,6 +17,7 @@ from brstnet.config import Settings, Training
 from brstnet.data.store import Store
 from brstnet.training import step
 from brstnet.training.batches import Batch, Units
+from brstnet.training.jitter import draw_jitter
 from brstnet.training.model import Outputs
 from brstnet.training.step import (
     Learn,
@@ -165,6 +166,26 @@ def test_no_more_than_a_micro_batch_goes_through_at_once() -> None:
     assert seen == [3, 3, 2]
 
 
+def test_jitter_is_split_with_the_batch() -> None:
+    """Each part has its patches' own: without BatchNorm the update is the whole batch's."""
+    updates = []
+    for micro_batch in (None, 3):
+        trained = Trained("sgd", 0, micro_batch)
+        trained.model.norm, trained.model.drop = nn.Identity(), nn.Identity()
+        trained.step(trained.learn, 0)
+        updates.append(trained.state())
+    for name, whole in updates[0].items():
+        torch.testing.assert_close(updates[1][name], whole, rtol=1e-5, atol=1e-6)
+
+
+def test_jitter_is_at_work_in_a_step() -> None:
+    one, other = Trained("sgd", 0), Trained("sgd", 0)
+    torch.manual_seed(0)
+    loss = one.learn(raw())
+    torch.manual_seed(0)
+    assert loss != other.learn(dataclasses.replace(raw(), jitter_B43=None))
+
+
 # Engines -----------------------------------------------------------------------------------------
 
 
@@ -222,6 +243,7 @@ def raw(seed: int = 0) -> Batch:
     return Batch(
         x=torch.randint(0, 256, (8, 2, 2, 3), dtype=torch.uint8, generator=generator),
         symmetry_B=torch.arange(8) % 8,
+        jitter_B43=torch.from_numpy(draw_jitter(np.random.default_rng(seed), (8,))),
         counts_BG=torch.randint(0, 50, (8, 5), generator=generator).to(torch.int16),
         scale_B=torch.rand(8, generator=generator) + 0.5,
         depth_B=torch.randn(8, generator=generator),
@@ -231,9 +253,9 @@ def raw(seed: int = 0) -> Batch:
 class Trained:
     """A model, its optimiser, and an eager step."""
 
-    def __init__(self, optimizer: str, steps: int) -> None:
+    def __init__(self, optimizer: str, steps: int, micro_batch: int | None = None) -> None:
         torch.manual_seed(0)
-        self.model = Normed().train()
+        self.model: Any = Normed().train()
         parameters = self.model.parameters()
         self.optimizer: torch.optim.Optimizer = (
             torch.optim.AdamW(parameters, 0.01, fused=True)
@@ -249,7 +271,7 @@ class Trained:
             depth_scale=0.7,
         )
         self.learn: Learn = eager(
-            self.model, self.optimizer, units, Training(aux_weight=2.0), torch.float32, None
+            self.model, self.optimizer, units, Training(aux_weight=2.0), torch.float32, micro_batch
         )
         for number in range(steps):
             self.step(self.learn, number)
@@ -327,6 +349,7 @@ WRONG = {
     "forgets the update": forgets_the_update,
     "stale patches": stale("x"),
     "stale symmetries": stale("symmetry_B"),
+    "stale jitter": stale("jitter_B43"),
     "stale counts": stale("counts_BG"),
     "stale scales": stale("scale_B"),
     "stale depths": stale("depth_B"),

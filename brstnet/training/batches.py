@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import NamedTuple, Self
 
 import cv2
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor
 from brstnet.config import Training
 from brstnet.data.store import Store
 from brstnet.training.fitted import Fitted, target_scale
+from brstnet.training.jitter import draw_jitter, jitter
 from brstnet.training.model import Outputs
 
 SHARE_OF_FREE_MEMORY = 0.6
@@ -38,16 +39,33 @@ class Batch:
     """Some spots on the device, as raw as they are stored.
 
     `x` are patches, uint8 (B, H, W, C), or cached features, float32 (B, F); `symmetry_B` says how
-    each patch is turned (None: not at all); `counts_BG` are raw counts, in the order of the model's
-    outputs, `scale_B` what they are multiplied by before the logarithm, `depth_B` the standardised
-    log of the spots' totals.
+    each patch is turned, `jitter_B43` what becomes of its stains (None: nothing); `counts_BG` are
+    raw counts, in the order of the model's outputs, `scale_B` what they are multiplied by before
+    the logarithm, `depth_B` the standardised log of the spots' totals.
     """
 
     x: Tensor
     symmetry_B: Tensor | None
+    jitter_B43: Tensor | None
     counts_BG: Tensor
     scale_B: Tensor
     depth_B: Tensor
+
+
+class Plan(NamedTuple):
+    """What an epoch draws: rows (steps, B of this rank), how each is turned, and its stains' map.
+
+    Where patches stay as they lie, or their stains do, there is None.
+    """
+
+    rows_SB: np.ndarray
+    symmetry_SB: np.ndarray | None = None
+    jitter_SB43: np.ndarray | None = None
+
+    def part(self, first: int, end: int | None = None) -> "Plan":
+        """The steps from `first` to before `end`."""
+        rows_SB, *how = self
+        return Plan(rows_SB[first:end], *(None if p is None else p[first:end] for p in how))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,34 +96,40 @@ class Spots:
             return self.resident[rows]
         return self._gathered(rows.cpu().numpy()).to(self.device, non_blocking=True)
 
-    def batch(self, rows_B: Tensor, symmetry_B: Tensor | None = None) -> Batch:
-        """The spots of these rows; rows and symmetries lie on the device."""
-        turns = symmetry_B
+    def batch(
+        self, rows_B: Tensor, symmetry_B: Tensor | None = None, jitter_B43: Tensor | None = None
+    ) -> Batch:
+        """The spots of these rows; all three lie on the device."""
         if self.features_VNF is None:
-            x = self.patches(rows_B)
-        else:
-            view = torch.zeros_like(rows_B) if symmetry_B is None else symmetry_B
-            x, turns = self.features_VNF[view, rows_B], None
-        return self._with_counts(x, turns, rows_B)
+            return self._with_counts(self.patches(rows_B), rows_B, symmetry_B, jitter_B43)
+        view = torch.zeros_like(rows_B) if symmetry_B is None else symmetry_B
+        return self._with_counts(self.features_VNF[view, rows_B], rows_B)
 
-    def _with_counts(self, x: Tensor, symmetry_B: Tensor | None, rows_B: Tensor) -> Batch:
+    def _with_counts(
+        self,
+        x: Tensor,
+        rows_B: Tensor,
+        symmetry_B: Tensor | None = None,
+        jitter_B43: Tensor | None = None,
+    ) -> Batch:
         return Batch(
             x=x,
             symmetry_B=symmetry_B,
+            jitter_B43=jitter_B43,
             counts_BG=self.counts_NG[rows_B],
             scale_B=self.scale_N[rows_B],
             depth_B=self.depth_N[rows_B],
         )
 
-    def feed(self, rows_SB: np.ndarray, symmetry_SB: np.ndarray) -> Iterator[Batch]:
+    def feed(self, plan: Plan) -> Iterator[Batch]:
         """A batch for each step of a plan.
 
         What lies on the device is picked there. Else a thread gathers from the maps and sends ahead
         of the step, so that neither disk nor copy holds it up.
         """
-        rows, symmetry = (torch.from_numpy(p).to(self.device) for p in (rows_SB, symmetry_SB))
+        rows_SB, drawn = plan.rows_SB, self._drawn(plan)
         if self.resident is not None or self.features_VNF is not None:
-            yield from (self.batch(r, s) for r, s in zip(rows, symmetry, strict=True))
+            yield from (self.batch(*one) for one in drawn)
             return
         stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         waiting: deque[Future[Sent]] = deque()
@@ -114,8 +138,17 @@ class Spots:
                 if step < len(rows_SB):
                     waiting.append(pool.submit(self._send, rows_SB[step], stream))
                 if step >= AHEAD:
-                    sent, now = waiting.popleft().result(), step - AHEAD
-                    yield self._with_counts(_arrived(*sent), symmetry[now], rows[now])
+                    sent = waiting.popleft().result()
+                    yield self._with_counts(_arrived(*sent), *drawn[step - AHEAD])
+
+    def _drawn(self, plan: Plan) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
+        """What each step of a plan draws, on the device: rows, symmetries, maps of the stains."""
+        rows = torch.from_numpy(plan.rows_SB).to(self.device).unbind()
+        turns, jitters = (
+            [None] * len(rows) if p is None else torch.from_numpy(p).to(self.device).unbind()
+            for p in (plan.symmetry_SB, plan.jitter_SB43)
+        )
+        return list(zip(rows, turns, jitters, strict=True))
 
     def _send(self, rows: np.ndarray, stream: torch.cuda.Stream | None) -> Sent:
         batch = self._gathered(rows)
@@ -207,19 +240,31 @@ def rng(*key: int) -> np.random.Generator:
 
 
 def epoch_plan(
-    rows: np.ndarray, batch: int, seed: int, epoch: int, rank: int = 0, world: int = 1
-) -> tuple[np.ndarray, np.ndarray]:
-    """Which rows an epoch draws and how each is turned: two arrays (steps, B of this rank).
+    rows: np.ndarray,
+    batch: int,
+    seed: int,
+    epoch: int,
+    rank: int = 0,
+    world: int = 1,
+    augmentation: str = "symmetries",
+) -> Plan:
+    """Which rows an epoch draws, and what each patch goes through (`Training.augmentation`).
 
     Every row is drawn once, in an order that follows from (seed, epoch); the last batch is filled
     with the first rows of that order, so that every batch is full. A rank takes its slice of each
-    global batch: the union over ranks is the batch that one process would have drawn.
+    global batch: the union over ranks is the batch that one process would have drawn. Order and
+    symmetries are the same with and without colour.
     """
     generator = rng(seed, epoch)
     steps = -(-len(rows) // batch)
     order = np.resize(generator.permutation(rows), (steps, batch))
     symmetry = generator.integers(0, 8, (steps, batch))
-    return order[:, rank::world], symmetry[:, rank::world]
+    here = np.s_[:, rank::world]
+    if augmentation == "none":
+        return Plan(order[here])
+    if augmentation == "symmetries":
+        return Plan(order[here], symmetry[here])
+    return Plan(order[here], symmetry[here], draw_jitter(generator, (steps, batch))[here])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,10 +308,10 @@ class Units:
         if batch.x.dtype != torch.uint8:
             return batch.x
         x_BHWC = batch.x if batch.symmetry_B is None else turn(batch.x, batch.symmetry_B)
-        return self.image(x_BHWC)
+        return self.image(x_BHWC if batch.jitter_B43 is None else jitter(x_BHWC, batch.jitter_B43))
 
     def image(self, x_BHWC: Tensor) -> Tensor:
-        """uint8 patches (B, H, W, C) as float32 (B, C, H, W), channels_last, standardised."""
+        """Patches (B, H, W, C) in 0..255 as float32 (B, C, H, W), channels_last, standardised."""
         x_BCHW = x_BHWC.permute(0, 3, 1, 2).float()
         x_BCHW = (x_BCHW - self.image_mean) / self.image_std
         return x_BCHW.contiguous(memory_format=torch.channels_last)
@@ -302,7 +347,7 @@ class Units:
         covariance = torch.zeros(main_genes, main_genes, dtype=torch.float64)
         for rows in torch.from_numpy(train.rows).to(train.device).split(4096):
             y_BG = self.goal(train.batch(rows))[:, :main_genes].double().cpu()
-            covariance += y_BG.T @ y_BG  # their means are zero: they are standardised
+            covariance += y_BG.T @ y_BG  # about their means, but for what min_counts leaves out
         components = torch.linalg.eigh(covariance).eigenvectors[:, -rank:]
         return replace(self, components_GK=components.float().to(train.device))
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from brstnet import metrics
 from brstnet.training import distributed
-from brstnet.training.batches import epoch_plan, rng
+from brstnet.training.batches import rng
 from brstnet.training.step import loss_parts
 from brstnet.training.task import Run, Task
 
@@ -66,12 +66,11 @@ def train_epoch(run: Run, after_step: AfterStep | None = None) -> tuple[float, C
     task, progress = run.task, run.progress
     here, seed = task.here, task.training.seed
     epoch, first = progress.epoch + 1, progress.step
-    rows, batch = task.train.rows, task.training.batch_size
-    rows_SB, symmetry_SB = epoch_plan(rows, batch, seed, epoch, here.rank, here.size)
+    plan = task.plan(epoch)
     total = torch.full((), progress.loss_sum, device=task.device)
     clock = Clock(task.device)
     run.network.train()
-    for step, drawn in enumerate(task.train.feed(rows_SB[first:], symmetry_SB[first:]), first):
+    for step, drawn in enumerate(task.train.feed(plan.part(first)), first):
         since_start = epoch * task.steps + step
         run.rate.set(run.optimizer, since_start)
         torch.manual_seed(int(rng(seed, epoch, step, here.rank).integers(2**63)))  # dropout
@@ -81,7 +80,7 @@ def train_epoch(run: Run, after_step: AfterStep | None = None) -> tuple[float, C
             run.average.update(run.model, since_start + 1)
         if after_step is not None:
             after_step(step + 1, total)
-    return float(total) / (len(rows_SB) * here.size), clock
+    return float(total) / (len(plan.rows_SB) * here.size), clock
 
 
 @torch.inference_mode()
@@ -90,16 +89,20 @@ def validate(
 ) -> tuple[float, list[metrics.Moments]]:
     """Loss on the validation spots, and the panel's moments per section, over all workers.
 
-    Metrics stream: no prediction outlives its batch.
+    Metrics stream: no prediction outlives its batch. Where nobody validates the loss is NaN, and
+    there is no section.
 
     Args:
         task: the fold.
         model: to be judged.
         views: how many symmetries of a patch are averaged; by default as the settings say.
     """
+    spots = task.validation
+    if spots is None:
+        return float("nan"), []
     views = views or task.training.views
     model.eval()
-    spots, panel = task.validation, np.flatnonzero(task.fitted.genes["panel"])
+    panel = np.flatnonzero(task.fitted.genes["panel"])
     panel_G = torch.from_numpy(panel).to(task.device)
     zero_G = torch.zeros(len(panel), dtype=torch.float64, device=task.device)
     loss, sections = torch.zeros((), dtype=torch.float64, device=task.device), []
@@ -121,10 +124,11 @@ def predict_batch(
     task: Task, model: nn.Module, rows_B: Tensor, views: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of validation spots: loss and predictions (B, G), means over the views; targets (B, G)."""
-    units = task.units
+    units, spots = task.units, task.validation
+    assert spots is not None
     losses, preds = [], []
     for view in range(views):
-        batch = task.validation.batch(rows_B, torch.full_like(rows_B, view) if view else None)
+        batch = spots.batch(rows_B, torch.full_like(rows_B, view) if view else None)
         with torch.autocast(
             task.device.type, task.precision, enabled=task.precision != torch.float32
         ):

@@ -79,6 +79,32 @@ def training_rows(spots: pd.DataFrame, protocol: Protocol) -> np.ndarray:
     return rows
 
 
+def drawn_rows(store: Store, fold: Fold, settings: Settings) -> np.ndarray:
+    """Which of a fold's training spots batches are drawn from, (N,) bool.
+
+    Those of `training_rows` with at least `training.min_counts` counts. What a `Fitted` holds does
+    not follow from this choice: gene filter, panel, median total, target, depth and image
+    statistics are those of all `training_rows`, so that trials which differ in it are scored on the
+    same targets in the same units, and share a frozen backbone's features. The mean of the targets
+    drawn is then a little off zero, which the heads' biases learn. The components of
+    `training.target_rank` alone are those of the spots drawn: what is learnt, not what is scored.
+
+    Raises:
+        ValueError: fewer than two spots are left.
+    """
+    spots, least = store.spots(fold.train), settings.training.min_counts
+    allowed = training_rows(spots, settings.protocol)
+    rows: np.ndarray = allowed & (spots["total_counts"] >= least).to_numpy()
+    if rows.sum() < 2:
+        richest = int(spots["total_counts"][allowed].max())
+        raise ValueError(
+            f"{store.path}: {fold.name} has {rows.sum()} training spots with at least "
+            f"{least} counts, but at least 2 are needed: lower training.min_counts (the richest "
+            f"spot has {richest})"
+        )
+    return rows
+
+
 def count_scale(totals: np.ndarray, target: str, median_total: float) -> np.ndarray:
     """Factor (N,) that brings each spot's total to the training median; 1 for log_counts."""
     scale: np.ndarray = (

@@ -177,6 +177,7 @@ def _record(learn: Learn, batch: Batch) -> Learn:
     static = Batch(
         x=batch.x.clone(),
         symmetry_B=None if batch.symmetry_B is None else batch.symmetry_B.clone(),
+        jitter_B43=None if batch.jitter_B43 is None else batch.jitter_B43.clone(),
         counts_BG=batch.counts_BG.clone(),
         scale_B=batch.scale_B.clone(),
         depth_B=batch.depth_B.clone(),
@@ -207,6 +208,7 @@ def _other(batch: Batch) -> Batch:
     return Batch(
         x=batch.x.roll(1, 0),
         symmetry_B=None if batch.symmetry_B is None else (batch.symmetry_B + 3) % 8,
+        jitter_B43=None if batch.jitter_B43 is None else batch.jitter_B43.roll(1, 0) * 2,
         counts_BG=batch.counts_BG.roll(2, 0),
         scale_B=batch.scale_B.roll(3, 0) * 2,
         depth_B=batch.depth_B.roll(5, 0) + 1,

@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 from brstnet.config import Settings, Training
 from brstnet.data.store import Store
 from brstnet.training import checkpoint, distributed
-from brstnet.training.batches import Spots, Units, load_spots
+from brstnet.training.batches import Plan, Spots, Units, epoch_plan, load_spots
 from brstnet.training.features import load_features
-from brstnet.training.fitted import Fitted, fit_statistics, training_rows
-from brstnet.training.folds import Fold, make_folds, pick_fold
+from brstnet.training.fitted import Fitted, drawn_rows, fit_statistics
+from brstnet.training.folds import ALL, Fold, choose_fold
 from brstnet.training.leaks import leak_gate
 from brstnet.training.model import (
     BrSTNet,
@@ -36,7 +36,8 @@ from brstnet.training.step import Learn
 class Task:
     """What stays the same over all epochs of one fold of one configuration.
 
-    `backbone` is frozen and not in the model that trains, or None.
+    `backbone` is frozen and not in the model that trains, or None; `validation` is None where
+    nobody validates.
     """
 
     settings: Settings
@@ -44,7 +45,7 @@ class Task:
     fitted: Fitted
     units: Units
     train: Spots
-    validation: Spots
+    validation: Spots | None
     patients: tuple[str, ...]
     device: torch.device
     precision: torch.dtype
@@ -61,6 +62,12 @@ class Task:
     def steps(self) -> int:
         """Steps in an epoch."""
         return -(-len(self.train.rows) // self.training.batch_size)
+
+    def plan(self, epoch: int) -> Plan:
+        """What this worker draws in an epoch."""
+        asked, here, rows = self.training, self.here, self.train.rows
+        how = asked.batch_size, asked.seed, epoch, here.rank, here.size, asked.augmentation
+        return epoch_plan(rows, *how)
 
 
 @dataclass(kw_only=True)
@@ -116,10 +123,13 @@ def prepare_task(
     """Fit the fold's statistics, pass the leak gate, bring the spots to the device, make the model.
 
     Raises:
-        ValueError: the fold is empty, the batch does not divide over the workers, there is a leak.
+        ValueError: the fold is empty, the batch does not divide over the workers, there is a leak,
+            or the settings need a validation where there is none.
     """
     _check(store, settings.training, distributed.world())
-    fold = pick_fold(make_folds(store, settings.protocol), number)
+    if number == ALL:
+        _check_unvalidated(settings.training)
+    fold = choose_fold(store, settings.protocol, number)
     with store.read_once():
         task, model = _assemble(store, settings, fold, device)
     return freeze(task, model, store) if settings.training.frozen else (task, model)
@@ -138,10 +148,13 @@ def _assemble(
         mean, std = colours(backbone)
         fitted = replace(fitted, image_mean=mean, image_std=std)
     precision = choose_precision(training, device)
-    allowed = training_rows(store.spots(fold.train), settings.protocol)
+    allowed = drawn_rows(store, fold, settings)
     model = with_heads(backbone, training, fitted).to(device)
     fit_to(model, device, precision)
     train = load_spots(store, fold.train, fitted, device, side_px, rows=allowed)
+    validation = None
+    if fold.validation:
+        validation = load_spots(store, fold.validation, fitted, device, side_px)
     units = Units.of(fitted, training, device)
     if training.target_rank is not None:
         units = units.of_rank(training.target_rank, fitted.main_genes, train)
@@ -151,7 +164,7 @@ def _assemble(
         fitted=fitted,
         units=units,
         train=train,
-        validation=load_spots(store, fold.validation, fitted, device, side_px),
+        validation=validation,
         patients=tuple(store.sections[name]["patient"] for name in fold.validation),
         device=device,
         precision=precision,
@@ -179,6 +192,16 @@ def _check(store: Store, training: Training, here: distributed.World) -> None:
         )
 
 
+def _check_unvalidated(training: Training) -> None:
+    """Refuse what looks at a validation loss, rather than let it look at another loss unasked."""
+    if training.stopping == "early" or training.schedule == "plateau":
+        raise ValueError(
+            "on all folds nobody validates, so that there is no validation loss to stop or to "
+            "lower the learning rate by: training.stopping must be fixed and training.schedule "
+            f"cosine or none, got {training.stopping} and {training.schedule}"
+        )
+
+
 def freeze(task: Task, model: BrSTNet, store: Store) -> tuple[Task, BrSTNet]:
     """Let the backbone see every patch once; from then on its features alone are trained on."""
     side_px = task.training.input_px or store.input_px
@@ -186,6 +209,7 @@ def freeze(task: Task, model: BrSTNet, store: Store) -> tuple[Task, BrSTNet]:
     seen = {
         name: load_features(store, sections, backbone, task.units, task.precision, side_px)
         for name, sections in (("train", fold.train), ("validation", fold.validation))
+        if sections
     }
     spots = {
         name: replace(
