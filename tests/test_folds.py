@@ -23,7 +23,7 @@ from brstnet.training.fitted import (
     training_rows,
     transform,
 )
-from brstnet.training.folds import Fold, make_folds, pick_fold
+from brstnet.training.folds import ALL, Fold, choose_fold, everyone, make_folds, pick_fold
 from brstnet.training.leaks import LeakError, leak_gate
 
 HELD_OUT = "BC90006"
@@ -142,6 +142,23 @@ def test_a_fold_that_would_be_empty_and_an_unknown_patient_are_refused() -> None
     for number in (-1, 3):
         with pytest.raises(ValueError, match="fold must be from 0 to 2"):
             pick_fold(folds, number)
+
+
+def test_everyone_trains_but_the_held_out() -> None:
+    store = listed({"s1": "A", "s2": "B", "s3": "C", "s4": "A", "s5": "D"})
+    protocol = Protocol(held_out=("B",), folds=2)
+    fold = everyone(store, protocol)
+    assert fold == Fold(number=ALL, train=("s1", "s3", "s4", "s5"), validation=(), held_out=("s2",))
+    assert choose_fold(store, protocol, ALL) == fold
+    assert choose_fold(store, protocol, 1) == make_folds(store, protocol)[1]
+    assert [f.name for f in (fold, make_folds(store, protocol)[1])] == [
+        "the refit on all folds",
+        "fold 1",
+    ]
+    with pytest.raises(ValueError, match="fold must be from 0 to 1"):
+        choose_fold(store, protocol, -2)
+    with pytest.raises(ValueError, match="4 folds need at least 4 groups"):
+        everyone(store, Protocol(held_out=("B",), folds=4))
 
 
 # What a fold fits --------------------------------------------------------------------------------
@@ -386,6 +403,23 @@ def test_a_fold_without_validation_does_not_pass(
 ) -> None:
     empty = dataclasses.replace(fold, validation=())
     gate_fails("groups: ", demo_store, empty, fitted, settings.protocol)
+
+
+def test_a_refit_passes_without_validation_but_not_with_the_held_out(
+    demo_store: Store, settings: Settings
+) -> None:
+    honest = everyone(demo_store, settings.protocol)
+    fitted = fit_statistics(demo_store, honest, settings)
+    report = leak_gate(demo_store, honest, fitted, settings.protocol)
+    assert report["checks"]["groups"]["why"].startswith("all train and nobody validates")
+    assert report["validation"] == []
+    leaky = dataclasses.replace(honest, train=(*honest.train, *honest.held_out))
+    other = fit_statistics(demo_store, leaky, settings)
+    gate_fails(
+        f"(?s)refit on all.*held_out: .*{HELD_OUT}", demo_store, leaky, other, settings.protocol
+    )
+    both = dataclasses.replace(honest, validation=honest.train[:1])
+    gate_fails("groups: .* train and validate", demo_store, both, fitted, settings.protocol)
 
 
 def test_a_panel_with_the_means_of_other_data_is_a_leak(

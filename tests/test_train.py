@@ -24,6 +24,7 @@ from trainings import (
     CPU,
     Stop,
     history,
+    quiet,
     same_bits,
     stop_after,
     stop_at,
@@ -39,13 +40,14 @@ from brstnet.launch import ALLOCATOR
 from brstnet.training import checkpoint
 from brstnet.training import train as training
 from brstnet.training.epoch import validate
+from brstnet.training.folds import ALL
 from brstnet.training.keep import FitResult, finished
 from brstnet.training.leaks import LeakError
 from brstnet.training.model import build_model
 from brstnet.training.optim import Rate
 from brstnet.training.step import train_step
 from brstnet.training.task import Progress, prepare_task
-from brstnet.training.train import ended, note_epoch
+from brstnet.training.train import ended, fit, note_epoch
 
 HELD_OUT = "BC90006"
 
@@ -228,6 +230,52 @@ def test_planted_genes_are_learned_and_null_genes_are_not(
     assert abs(median["null"]) < 0.2
 
 
+# On all folds ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", [{"stopping": "early"}, {"schedule": "plateau"}])
+def test_without_validation_nothing_may_look_at_its_loss(
+    demo_store: Store, settings: Settings, tmp_path: Path, wrong: dict[str, str]
+) -> None:
+    asked = with_training(settings, **wrong)
+    with pytest.raises(ValueError, match=r"nobody validates, .* must be fixed .* cosine or none"):
+        fit(demo_store, asked, ALL, tmp_path, device=CPU, on_epoch=quiet)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "changes", [{"ema_decay": 0.7, "views": 8}, {"frozen": True}], ids=["average", "frozen"]
+)
+def test_a_fit_on_all_folds_goes_on_where_it_stopped_and_ends_without_a_score(
+    demo_store: Store, settings: Settings, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    settings = with_training(settings, **changes)
+    shutil.copytree(demo_store.path, tmp_path / "store")  # a frozen backbone's features stay in it
+    store = Store(tmp_path / "store")
+    notes: list[Mapping[str, float]] = []
+    alike = {"device": CPU, "on_epoch": quiet}
+    with pytest.raises(Stop):
+        fit(store, settings, ALL, tmp_path / "a", **{**alike, "on_epoch": stop_after(0)})
+    result = fit(store, settings, ALL, tmp_path / "a", **{**alike, "on_epoch": notes.append})
+    whole = fit(store, settings, ALL, tmp_path / "b", **alike)
+    assert same_bits(result.folder, whole.folder)
+    assert (result.folder.name, result.epoch, result.epochs) == ("last", 1, 2)
+    assert math.isnan(result.score)
+    assert math.isnan(finished(tmp_path / "a").score)  # type: ignore[union-attr]
+    assert [note["epoch"] for note in notes] == [1]
+    assert math.isnan(notes[0]["validation_loss"])
+    assert math.isfinite(notes[0]["train_loss"])
+    assert not (tmp_path / "a" / "best").exists()
+    facts = json.loads((result.folder / "checkpoint.json").read_text(), parse_constant=pytest.fail)
+    assert facts["scores"]["score"] is None
+    member = checkpoint.load(result.folder)
+    assert member.fold.number == ALL
+    assert HELD_OUT not in facts["patients"]
+    assert len(facts["patients"]) == 5
+    with pytest.raises(ValueError, match="made with another fold"):
+        fit(store, settings, 0, tmp_path / "a", **alike)
+
+
 # Resuming ----------------------------------------------------------------------------------------
 
 RESUMED: dict[str, dict[str, Any]] = {
@@ -239,6 +287,7 @@ RESUMED: dict[str, dict[str, Any]] = {
         "backbone_learning_rate": 0.001,
         "ema_decay": 0.7,
         "warmup_epochs": 1,
+        "augmentation": "colour",
     },
     "without momentum": {
         "backbone": "test_efficientnet",
@@ -249,7 +298,7 @@ RESUMED: dict[str, dict[str, Any]] = {
         "micro_batch": 10,
     },
 }
-"""3x3 convolutions, BatchNorm, attention; both optimisers, schedules and stopping rules."""
+"""3x3 convolutions, BatchNorm, attention, jitter; both optimisers, schedules, stopping rules."""
 
 EPOCHS, STEPS = 3, 3
 

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from brstnet.config import Protocol
 from brstnet.data.store import Store
 
+ALL = -1
+"""In place of a fold's number: all that are not held out train, and nobody validates (a refit)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fold:
@@ -15,6 +18,11 @@ class Fold:
     train: tuple[str, ...]
     validation: tuple[str, ...]
     held_out: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """What a message calls it."""
+        return "the refit on all folds" if self.number == ALL else f"fold {self.number}"
 
 
 def make_folds(store: Store, protocol: Protocol) -> list[Fold]:
@@ -46,6 +54,29 @@ def make_folds(store: Store, protocol: Protocol) -> list[Fold]:
             )
         )
     return folds
+
+
+def everyone(store: Store, protocol: Protocol) -> Fold:
+    """The sections of all folds as training sections; who is held out stays out.
+
+    Raises:
+        ValueError: a held-out patient is unknown, or the protocol's folds cannot be made.
+    """
+    first = make_folds(store, protocol)[0]
+    used = {*first.train, *first.validation}
+    train = tuple(name for name in store.sections if name in used)
+    return Fold(number=ALL, train=train, validation=(), held_out=first.held_out)
+
+
+def choose_fold(store: Store, protocol: Protocol, number: int) -> Fold:
+    """The fold of this number, or everyone for `ALL`.
+
+    Raises:
+        ValueError: there is none, or the protocol's folds cannot be made.
+    """
+    if number == ALL:
+        return everyone(store, protocol)
+    return pick_fold(make_folds(store, protocol), number)
 
 
 def pick_fold(folds: Sequence[Fold], number: int) -> Fold:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,10 @@ ORIGIN = ("settings", "fold", "store")
 
 @dataclass(frozen=True, kw_only=True)
 class FitResult:
-    """What a fold came to: the checkpoint that stands for it, and its score on the validation."""
+    """What a fold came to: the checkpoint that stands for it, and its score on the validation.
+
+    The score is NaN where nobody validated; on disk it is null then.
+    """
 
     folder: Path
     score: float
@@ -95,9 +99,10 @@ def save(run: Run, sections: list[metrics.Moments]) -> None:
 
     A copy is taken here; the writing is done while training goes on.
     """
-    facts = {"engine": run.engine, "scores": run.progress.history[-1]}
-    contents = contents_of(run, run.progress, facts, validation_table(run.task, sections))
-    best = run.progress.best_epoch == run.progress.epoch
+    scores = {name: or_null(value) for name, value in run.progress.history[-1].items()}
+    table = validation_table(run.task, sections) if sections else None
+    contents = contents_of(run, run.progress, {"engine": run.engine, "scores": scores}, table)
+    best = bool(sections) and run.progress.best_epoch == run.progress.epoch
 
     def write() -> None:
         if best:
@@ -162,7 +167,7 @@ def conclude(run: Run) -> FitResult:
     chosen = progress.best_epoch if early else progress.epoch
     values = {
         "checkpoint": "best" if early else "last",
-        "score": progress.history[chosen]["score"],
+        "score": or_null(progress.history[chosen]["score"]),
         "epoch": chosen,
         "epochs": progress.epoch + 1,
         "seconds": progress.seconds,
@@ -183,7 +188,14 @@ def finished(out: Path) -> FitResult | None:
     if not file.is_file():
         return None
     values = json.loads(file.read_text())
+    if values["score"] is None:
+        values["score"] = math.nan
     return FitResult(folder=out / values.pop("checkpoint"), **values)
+
+
+def or_null(value: float) -> float | None:
+    """The value as JSON can say it: NaN is null."""
+    return None if math.isnan(value) else value
 
 
 def micro_batch(out: Path, training: Training, here: distributed.World) -> int:

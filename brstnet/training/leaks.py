@@ -11,7 +11,7 @@ import numpy as np
 from brstnet.config import Protocol
 from brstnet.data.store import Store
 from brstnet.training.fitted import Fitted, column_mean, ranked_genes, training_rows
-from brstnet.training.folds import Fold
+from brstnet.training.folds import ALL, Fold
 
 
 class LeakError(ValueError):
@@ -34,7 +34,7 @@ def leak_gate(store: Store, fold: Fold, fitted: Fitted, protocol: Protocol) -> d
     }
     failures = [f"{name}: {check['why']}" for name, check in checks.items() if not check["ok"]]
     if failures:
-        raise LeakError(f"{store.path}, fold {fold.number}: a leak\n  " + "\n  ".join(failures))
+        raise LeakError(f"{store.path}, {fold.name}: a leak\n  " + "\n  ".join(failures))
     return {
         "fold": fold.number,
         "protocol": protocol.line(),
@@ -59,6 +59,8 @@ def _failed(why: str) -> dict[str, Any]:
 
 def _check_groups(store: Store, fold: Fold, protocol: Protocol) -> dict[str, Any]:
     train = _named(store, fold.train, protocol.group)
+    if fold.number == ALL and fold.train and not fold.validation:
+        return _passed("all train and nobody validates: no score is taken from it")
     both = train & _named(store, fold.validation, protocol.group)
     if both or not fold.validation or not fold.train:
         return _failed(f"{protocol.group}s {sorted(both)} train and validate")

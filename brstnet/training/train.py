@@ -60,11 +60,12 @@ def fit(
     Args:
         store: the open store.
         settings: protocol and training.
-        fold: number of the fold.
+        fold: number of the fold; `folds.ALL` trains on all of them, with no validation: the score
+            and the validation loss are NaN, and the last epoch stands for it.
         out: folder for `best/`, `last/`, `position/` (within an epoch) and `result.json`.
         device: where to train.
-        on_epoch: called by the leading worker after each epoch with its numbers; it stops the
-            training by raising, and the epoch is on disk when `fit` is left.
+        on_epoch: called by every worker after each epoch with its numbers, equal in all but the
+            times; it stops the training by raising, and the epoch is on disk when `fit` is left.
         on_step: called by every worker after each step with the patches seen so far in all epochs;
             where it raises, the position is saved, and the same call goes on at the next step.
 
@@ -100,8 +101,7 @@ def _to_the_end(run: Run, on_epoch: OnEpoch, on_step: OnStep | None) -> FitResul
     try:
         while not ended(run.progress, run.task.training):
             run_epoch(run, on_step)
-            if run.task.here.leads:
-                on_epoch(run.progress.history[-1])
+            on_epoch(run.progress.history[-1])
     finally:
         run.saver.wait()
     return conclude(run)
@@ -146,9 +146,7 @@ def start(task: Task, model: BrSTNet, out: Path) -> Run:
 def record(run: Run) -> None:
     """Let the run's steps be one CUDA graph, if that gives what eager steps give."""
     task = run.task
-    some = torch.from_numpy(task.train.rows).to(task.device)
-    rows_B = some[torch.arange(task.training.batch_size, device=task.device) % len(some)]
-    batch = task.train.batch(rows_B, torch.arange(len(rows_B), device=task.device) % 8)
+    (batch,) = task.train.feed(task.plan(0).part(0, 1))
     run.network.train()
     run.rate.set(run.optimizer, 1 + int(run.rate.warmup_steps))
     must = task.training.engine == "graph"
@@ -167,7 +165,7 @@ def run_epoch(run: Run, on_step: OnStep | None = None) -> None:
     train_loss, clock = train_epoch(run, _after_step(run, on_step))
     if not math.isfinite(train_loss):
         raise FloatingPointError(
-            f"the training loss of fold {task.fold.number} is {train_loss} in epoch {epoch}: lower "
+            f"the training loss of {task.fold.name} is {train_loss} in epoch {epoch}: lower "
             f"training.learning_rate ({task.training.learning_rate}) or training.aux_weight "
             f"({task.training.aux_weight})"
         )
@@ -175,7 +173,7 @@ def run_epoch(run: Run, on_step: OnStep | None = None) -> None:
     distributed.share_buffers(run.judged, task.here)
     counts = task.training.stopping == "early" or epoch + 1 == task.training.epochs
     loss, sections = validate(task, run.judged, None if counts else 1)
-    score = metrics.fold_score(sections, task.patients)
+    score = metrics.fold_score(sections, task.patients) if sections else math.nan
     run.rate.after_epoch(loss)
     note = {"train_loss": train_loss, "validation_loss": loss, "score": score}
     note |= {
