@@ -24,7 +24,17 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "brstnet"
 STATES = ("COMPLETE", "PRUNED", "RUNNING", "FAILED")  # the order in the table
-COLUMNS = ["run_id", "trial", "state", "champion", "score", "folds_done", "cost_seconds", "reason"]
+COLUMNS = [
+    "run_id",
+    "trial",
+    "seed",
+    "state",
+    "champion",
+    "score",
+    "folds_done",
+    "cost_seconds",
+    "reason",
+]
 DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 MEDIANS = {
     "median_pcc": "model",
@@ -136,7 +146,7 @@ def _trials(runs: list[Run], champion: str | None) -> pd.DataFrame:
     )
     order = order.sort_values(["state", "folds", "score", "trial"])  # no score: last
     trials = trials.loc[order.index].reset_index(drop=True)
-    ranked = (trials["state"] == "COMPLETE") & trials["score"].notna()
+    ranked = (trials["state"] == "COMPLETE") & trials["score"].notna() & (trials["seed"] == 0)
     trials["rank"] = ranked.cumsum().where(ranked)
     return trials
 
@@ -149,6 +159,7 @@ def _trial_row(run: Run, champion: str | None) -> dict[str, Any]:
     return {
         "run_id": run.info.run_id,
         "trial": int(_tag(run, "brstnet.trial")),
+        "seed": int(run.data.tags.get("brstnet.seed", 0)),  # above 0: a finalist's repeat
         "state": state,
         "champion": run.info.run_id == champion,
         "score": metrics.get("score", float("nan")),
@@ -346,7 +357,8 @@ summary { cursor: pointer } footer { margin-top: 3rem; font-size: .8rem; overflo
 <h2>Trials</h2>
 <p class="soft">Score: median over the panel's genes of the per-section PCC averaged over a
 fold's validation patients; mean over folds. Dots are folds, the bar is their mean. Only complete
-trials are ranked: a pruned trial's score is a mean over fewer folds.</p>
+trials are ranked: a pruned trial's score is a mean over fewer folds. A finalist's repeat with
+another training seed stands beside it, unranked.</p>
 {% if info.constants %}<div class="card" style="margin-bottom: .8rem">
 <div class="label" style="margin-bottom: .3rem">Equal in all trials</div>{{ pairs(info.constants) }}
 </div>{% endif %}
@@ -357,7 +369,8 @@ trials are ranked: a pruned trial's score is a mean over fewer folds.</p>
 {{ head("cost") }}</tr></thead><tbody>
 {% for row in rows %}
 <tr class="{{ row.state }}{{ " champion" if row.champion }}" title="MLflow run {{ row.run_id }}">
-{{ cell(loop.index, row.rank | number(0)) }}{{ cell(row.trial, row.trial) }}
+{{ cell(loop.index, row.rank | number(0)) }}
+{{ cell(row.trial, row.trial ~ (" seed " ~ row.seed if row.seed else "")) }}
 <td data-v="{{ row.state }}">{{ row.state | lower }}
 {% if row.champion %}<span class="star">&#9733; champion</span>{% endif %}
 {% if row.reason %}<span class="reason" tabindex="0">{{ row.reason }}</span>{% endif %}</td>

@@ -1,19 +1,28 @@
 """Run a sweep: python sweeps/run.py sweeps/demo.yaml --store STORE.
 
-The same command again resumes a sweep that was stopped.
+The same command again resumes a sweep that was stopped, by whatever. `--promote RUN` makes a trial
+the champion by hand.
 """
 
 import fcntl
 import os
+import shutil
 import signal
+import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import ray
+import yaml
 from jsonargparse import ActionConfigFile, Namespace
+from mlflow.exceptions import MlflowException
 from ray import tune
 from ray.tune.utils.log import Verbosity
 
@@ -28,17 +37,19 @@ from brstnet.config import (
     to_yaml,
 )
 from brstnet.data.store import Store
-from brstnet.launch import ALLOCATOR
 from sweeps import tracking
-from sweeps.champion import crown, describe_leaderboard, read_outcomes
-from sweeps.plan import check_folds, describe, slots
-from sweeps.progress import SweepProgress
-from sweeps.search import make_scheduler, make_search
+from sweeps.board import Board, Budget, open_study
+from sweeps.champion import describe_leaderboard, promote, read_outcomes
+from sweeps.cluster import HEAD, gpus_per_worker, slots, start_ray
+from sweeps.conclude import conclude
+from sweeps.events import Events
+from sweeps.plan import check_budget, check_folds, describe, describe_estimate, estimate
+from sweeps.probe import kinds, probe
+from sweeps.progress import SweepProgress, close_runs
+from sweeps.record import describe_store
+from sweeps.search import BoardScheduler, BoardSearch
 from sweeps.space import Sweep
 from sweeps.trial import Job, run_trial
-
-HEAD = {"CPU": 0, "node:__internal_head__": 0.001}
-"""What the driver of a worker group takes: a place on the head, and no CPU that a worker needs."""
 
 
 def make_parser(config: Path | None) -> Parser:
@@ -50,6 +61,12 @@ def make_parser(config: Path | None) -> Parser:
     parser.add_argument("--tracking_uri", help="MLflow server; default: a database under --out")
     parser.add_argument("--address", help="Ray cluster; default: RAY_ADDRESS, or this machine")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    parser.add_argument("--only", nargs="+", help="names of the space to search; no others are")
+    parser.add_argument("--budget_gpu_hours", type=float, help="of workers, where there is no GPU")
+    parser.add_argument("--max_trials", type=int, help="begin no more than so many in all")
+    parser.add_argument("--deadline", type=datetime.fromisoformat, help="2026-11-30T08:00")
+    parser.add_argument("--price", type=float, help="of a GPU-hour, for the plan")
+    parser.add_argument("--promote", metavar="RUN", help="(alone) make a trial the champion")
     parser.add_class_arguments(Sweep)
     parser.set_defaults(name=config.stem if config else "")
     return parser
@@ -75,110 +92,120 @@ def parse(argv: Sequence[str]) -> tuple[Sweep, Namespace]:
         parser.set_defaults(preset(asked, "protocol", "training"))
     args = parser.parse_args(words)
     options = parser.instantiate(args)
-    return from_namespace(Sweep, options), options
+    plan = from_namespace(Sweep, options)
+    return (narrowed(plan, options.only) if options.only else plan), options
+
+
+def narrowed(plan: Sweep, names: Sequence[str]) -> Sweep:
+    """The sweep with a part of its space: what is left out stays as `training` says.
+
+    Raises:
+        ValueError: a name is not in the space.
+    """
+    if unknown := sorted(set(names) - set(plan.space)):
+        raise ValueError(f"--only {' '.join(unknown)}: the space has {', '.join(plan.space)}")
+    points = [
+        p if isinstance(p, str) else {k: v for k, v in p.items() if k in names} for p in plan.points
+    ]
+    return replace(plan, space={k: plan.space[k] for k in plan.space if k in names}, points=points)
 
 
 def sweep(plan: Sweep, options: Namespace) -> int:
     """Check, launch or resume, choose the champion; exit code 130 if it was stopped before."""
-    store = Store(options.store)
-    print(describe(plan, store))  # noqa: T201 - the command line's output
-    check_folds(plan, store)
-    folder = claim_folder(plan, store, options.out)
-    lock = (folder / "lock").open("w")  # held until this process ends
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ValueError(f"{folder}: another process is running this sweep") from error
+    stores = open_stores(plan, options.store)
+    print(describe(plan, stores[""]))  # noqa: T201 - the command line's output
+    check_folds(plan, stores)
+    paths = {name: store.path.resolve() for name, store in stores.items()}
+    if options.dry_run:
+        expect(plan, paths, options, options.out)
+        return 0
     uri = options.tracking_uri or tracking.local_uri(options.out)
-    client = tracking.connect(uri)
-    experiment_id = tracking.experiment(client, options.out, uri)
-    job = Job(
-        sweep=plan,
-        store=store.path.resolve(),
-        out=folder.resolve(),
-        tracking_uri=uri,
-        experiment_id=experiment_id,
-        sweep_run=sweep_run(client, experiment_id, plan, store, folder),
-        gpus_per_worker=plan.gpus_per_worker or 0.0,
-    )
-    if len(read_outcomes(job.out)) < plan.count:
-        launch(job, options)
-    return conclude(job)
-
-
-def launch(job: Job, options: Namespace) -> None:
-    """Train what has not ended yet, until it has or somebody stops it.
-
-    Raises:
-        ValueError: the cluster cannot train even one trial.
-    """
-    start_ray(job.sweep, options.address)
-    resources = ray.cluster_resources()
-    job = replace(job, gpus_per_worker=gpus_per_worker(job.sweep, resources))
-    concurrent = job.sweep.concurrent_trials or slots(job.sweep, resources, job.gpus_per_worker)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a script's background job
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
-    make_tuner(job, concurrent).fit()
-
-
-def claim_folder(plan: Sweep, store: Store, out: Path) -> Path:
-    """The sweep's folder: new, or that of the same sweep on the same store.
-
-    Raises:
-        ValueError: another sweep of that name is there.
-    """
-    folder = out / plan.name
-    note = folder / "sweep.yaml"
-    mine = f"# store {store.digest}\n" + to_yaml(plan)
-    if note.is_file() and note.read_text() != mine:
-        raise ValueError(
-            f"{note}: a sweep of this name has other settings or another store; choose another "
-            "--name, or remove the folder"
+    with claimed_folder(plan, stores[""], options.out) as folder:
+        client, experiment_id = reach(uri, options.out)
+        board = Board(
+            sweep=plan,
+            study=open_study(plan, folder, tracking.champion_settings(client)),
+            out=folder,
+            budget=Budget(
+                gpu_hours=options.budget_gpu_hours,
+                trials=options.max_trials,
+                deadline=options.deadline,
+            ),
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    note.write_text(mine)
-    return folder
+        with courier(folder, uri, experiment_id):
+            events = Events(folder)
+            tell_begin(events, plan, stores[""], to_yaml(plan))
+            tracking.share_view(client, experiment_id, plan.name, list(plan.space))
+            if not board.done:
+                launch(board, events, paths, options)
+            stopped = not board.done and not board.stopped_by
+            if stopped:
+                tell_stop(events, board)
+        print(describe_leaderboard(read_outcomes(folder), plan))  # noqa: T201
+        if stopped:
+            ended = f"{len(board.searched)} of {plan.count} trials ended"
+            sys.stderr.write(f"\nstopped with {ended}; the same command resumes\n")
+            return 130
+        if board.stopped_by:
+            print(f"ended: {board.stopped_by}; the same command with more goes on")  # noqa: T201
+        conclude(client, board, paths, options.address)
+        return 0
 
 
-def start_ray(plan: Sweep, address: str | None) -> None:
-    """Connect to a cluster, or start Ray on this machine.
+def open_stores(plan: Sweep, path: Path | None) -> dict[str, Store]:
+    """The sweep's store under "", and those that its space names.
 
-    The dashboard is needed where a trial has workers of its own: without it Ray frees no worker
-    group of a trial that was stopped.
+    Raises:
+        ValueError: no store is given.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # MLflow keeps the record
-    common: dict[str, Any] = {
-        "runtime_env": {"env_vars": {**ALLOCATOR, "MLFLOW_DISABLE_TELEMETRY": "true"}},
-        "log_to_driver": False,
-        "logging_level": "ERROR",
-    }
-    if address or os.environ.get("RAY_ADDRESS"):
-        ray.init(address=address, **common)
-        return
-    ray.init(
-        address="local",
-        include_dashboard=plan.workers_per_trial > 1,
-        dashboard_host="127.0.0.1",
-        object_store_memory=256 * 2**20,
-        **common,
+    if path is None:
+        raise ValueError("--store is missing: the patch store to train on")
+    return {"": Store(path), **{name: Store(Path(p)) for name, p in plan.stores.items()}}
+
+
+def reach(uri: str, out: Path) -> tuple[Any, str]:
+    """A client of the tracking server and the id of the platform's experiment there.
+
+    Raises:
+        ValueError: the server does not answer. Once a sweep goes it may: what there is to tell
+            then waits on disk.
+    """
+    client = tracking.connect(uri)
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    try:
+        return client, tracking.experiment(client, out, uri)
+    except MlflowException as error:
+        raise ValueError(f"--tracking_uri {uri}: MLflow must answer to begin: {error}") from error
+
+
+@contextmanager
+def courier(folder: Path, uri: str, experiment_id: str) -> Iterator[None]:
+    """The process that tells MLflow, until it has told all.
+
+    Raises:
+        ValueError: the server was away at the end; nothing is lost.
+    """
+    words = ["--tracking_uri", uri, "--experiment", experiment_id]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sweeps.courier", str(folder), *words],
+        stdin=subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C is for the driver
     )
+    try:
+        yield
+    finally:
+        assert process.stdin is not None
+        process.stdin.close()
+        code = process.wait()
+    if code:
+        raise ValueError(
+            f"{uri}: MLflow did not take all there is to tell (exit code {code} of the courier); "
+            f"it waits in {folder}: the same command delivers it when the server is back"
+        )
 
 
-def gpus_per_worker(plan: Sweep, resources: dict[str, float]) -> float:
-    """GPUs that a worker takes: what the sweep says, else one if the cluster has any."""
-    if plan.gpus_per_worker is not None:
-        return plan.gpus_per_worker
-    return 1.0 if resources.get("GPU", 0) >= 1 else 0.0
-
-
-def sweep_run(client: Any, experiment_id: str, plan: Sweep, store: Store, folder: Path) -> str:
-    """The sweep's run in MLflow: a new one, or the one it had."""
-    runs = tracking.read_runs(folder)
-    if "sweep" in runs:
-        client.update_run(runs["sweep"], status="RUNNING")
-        return runs["sweep"]
+def tell_begin(events: Events, plan: Sweep, store: Store, text: str) -> None:
+    """The sweep's run: a new one, or the one it had."""
     tags = {
         "brstnet.sweep": plan.name,
         "brstnet.protocol": tracking.as_json(plain(plan.protocol)),
@@ -186,73 +213,173 @@ def sweep_run(client: Any, experiment_id: str, plan: Sweep, store: Store, folder
         "brstnet.store": store.digest,
         "mlflow.note.content": plan.protocol.line(),
     }
-    run_id = tracking.start_run(client, experiment_id, "sweep", plan.name, tags)
-    tracking.log_store(client, run_id, store, plan.protocol)
-    client.log_text(run_id, to_yaml(plan), "sweep.yaml")
-    tracking.write_runs(folder, {"sweep": run_id})
-    tracking.share_view(client, experiment_id, plan.name, list(plan.space))
-    return run_id
+    events.start("sweep", plan.name, "sweep", tags)
+    events.input("sweep", **describe_store(store), context=plan.protocol.line())
+    asked = events.file.parent / "asked"
+    asked.mkdir(exist_ok=True)
+    (asked / "sweep.yaml").write_text(text)
+    events.files("sweep", asked)
+    events.status("sweep", "RUNNING")
 
 
-def make_tuner(job: Job, concurrent: int) -> tune.Tuner:
-    """A Tuner for the sweep, restored if the sweep was stopped; failed trials stay failed."""
-    plan, path = job.sweep, job.out / "tune"
+def tell_stop(events: Events, board: Board) -> None:
+    """Mark what a stopped sweep leaves running as killed; it goes on in the same runs."""
+    for name in board.running:
+        close_runs(events, board.out / "trials" / name, "KILLED")
+    events.status("sweep", "KILLED")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """What the sweep may take of it."""
+
+    concurrent: int
+    gpus_per_worker: float
+    trial_seconds: float
+
+
+def expect(plan: Sweep, stores: dict[str, Path], options: Namespace, out: Path) -> Cluster:
+    """Start or join the cluster, measure, and say what the sweep will cost.
+
+    Raises:
+        ValueError: the cluster cannot train even one trial, or the budget is below one.
+    """
+    start_ray(plan, options.address)
+    resources = ray.cluster_resources()
+    gpus = gpus_per_worker(plan, resources)
+    concurrent = plan.concurrent_trials or slots(plan, resources, gpus)
+    speeds = probe(plan, stores, gpus, kinds(plan))
+    now, expected = datetime.now().astimezone(), estimate(plan, speeds, concurrent, gpus)
+    print(describe_estimate(expected, speeds, options.price, now))  # noqa: T201
+    (out / plan.name).mkdir(parents=True, exist_ok=True)
+    free_gb = shutil.disk_usage(out).free / 1e9
+    budget = Budget(gpu_hours=options.budget_gpu_hours, deadline=options.deadline)
+    if warning := check_budget(expected, budget, free_gb, now):
+        sys.stderr.write(f"{warning}\n")
+    return Cluster(
+        concurrent=concurrent, gpus_per_worker=gpus, trial_seconds=expected.trial_seconds
+    )
+
+
+def launch(board: Board, events: Events, stores: dict[str, Path], options: Namespace) -> None:
+    """Train what has not ended yet, until it has or somebody stops it.
+
+    Raises:
+        ValueError: the cluster cannot train even one trial.
+    """
+    cluster = expect(board.sweep, stores, options, options.out)
+    board.concurrent, board.trial_seconds = cluster.concurrent, cluster.trial_seconds
+    board.gpus_per_worker = cluster.gpus_per_worker or 1.0
+    job = Job(
+        sweep=board.sweep,
+        stores=stores,
+        out=board.out,
+        gpus_per_worker=cluster.gpus_per_worker,
+        session=f"{time.time_ns():x}",
+    )
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a script's background job
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
     resources = (
-        {"CPU": plan.cpus_per_worker, "GPU": job.gpus_per_worker}
-        if plan.workers_per_trial == 1
+        {"CPU": job.sweep.cpus_per_worker, "GPU": job.gpus_per_worker}
+        if job.sweep.workers_per_trial == 1
         else HEAD
     )
-    trainable = tune.with_resources(tune.with_parameters(run_trial, job=job), resources)
-    if tune.Tuner.can_restore(str(path)):
-        return tune.Tuner.restore(str(path), trainable, resume_unfinished=True)
-    return tune.Tuner(
+    trainable = tune.with_parameters(run_trial, job=job)
+    train(board, events, tune.with_resources(trainable, resources))
+
+
+def train(board: Board, events: Events, trainable: Any) -> None:
+    """Let Tune run the trainable for each trial that the board hands out."""
+    progress = SweepProgress(board, events)
+    scratch = board.out / "tune"  # Tune's own account of the sweep, which nothing reads
+    shutil.rmtree(scratch, ignore_errors=True)
+    tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            search_alg=make_search(plan, job.out),
-            scheduler=make_scheduler(plan, job.out),
-            num_samples=plan.count,
-            max_concurrent_trials=concurrent,
+            search_alg=BoardSearch(board),
+            scheduler=BoardScheduler(board),
+            num_samples=-1,
+            max_concurrent_trials=board.concurrent,  # else Tune starts one actor after the other
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(
-            name="tune",
-            storage_path=str(job.out),
-            failure_config=tune.FailureConfig(max_failures=2),
-            callbacks=[SweepProgress(job)],
+            name=scratch.name,
+            storage_path=str(board.out),
+            failure_config=tune.FailureConfig(max_failures=-1),  # a trial counts its own attempts
+            callbacks=[progress],
             verbose=int(Verbosity.V0_MINIMAL),
         ),
     )
+    try:
+        tuner.fit()
+    finally:
+        progress.close()
+        for name in (scratch.name, "train"):
+            shutil.rmtree(board.out / name, ignore_errors=True)
 
 
-def conclude(job: Job) -> int:
-    """Print the leaderboard; choose and register the champion once every trial has ended."""
-    client = tracking.connect(job.tracking_uri)
-    outcomes = read_outcomes(job.out)
-    print(describe_leaderboard(outcomes, job.sweep))  # noqa: T201 - the command line's output
-    if len(outcomes) < job.sweep.count:
-        client.set_terminated(job.sweep_run, status="KILLED")
-        tracking.stop_open_runs(client, job.out)
-        message = (
-            f"\nstopped with {len(outcomes)} of {job.sweep.count} trials ended; the same command"
+@contextmanager
+def claimed_folder(plan: Sweep, store: Store, out: Path) -> Iterator[Path]:
+    """The sweep's folder, new or that of the same sweep on the same store, for this process alone.
+
+    Raises:
+        ValueError: another sweep of that name is there, or another process runs this one.
+    """
+    folder = (out / plan.name).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{folder}: another process is running this sweep") from error
+        check_same_sweep(plan, store, folder)
+        yield folder
+
+
+def check_same_sweep(plan: Sweep, store: Store, folder: Path) -> None:
+    """Note what the sweep is, or compare it with what was noted.
+
+    Raises:
+        ValueError: what makes trials comparable has changed.
+    """
+    note = folder / "identity.yaml"
+    mine = yaml.safe_load(yaml.safe_dump({"store": store.digest, **plan.identity()}))
+    before = yaml.safe_load(note.read_text()) if note.is_file() else mine
+    if changed := sorted(key for key in {*mine, *before} if mine.get(key) != before.get(key)):
+        raise ValueError(
+            f"{note}: a sweep of this name has another {', '.join(changed)}, so that new trials "
+            "could not be compared with its old ones: choose another --name, or remove the folder"
         )
-        sys.stderr.write(f"{message} resumes\n")
-        return 130
-    version = crown(client, job, outcomes)
+    note.write_text(yaml.safe_dump(mine, sort_keys=False))
+    (folder / "sweep.yaml").write_text(to_yaml(plan))
+    if not (folder / tracking.ID_FILE).is_file():
+        tracking.write_text(folder / tracking.ID_FILE, uuid.uuid4().hex)
+
+
+def promote_by_hand(words: Sequence[str]) -> int:
+    """Make a trial of somebody's choice the champion."""
+    parser = Parser(prog="sweeps/run.py", description="Make a trial the champion.")
+    parser.add_argument("--promote", help="MLflow id of its run, or SWEEP/TRIAL such as demo/3")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="the sweeps' folder")
+    parser.add_argument("--tracking_uri", help="MLflow server; default: a database under --out")
+    options = parser.parse_args(words)
+    uri = options.tracking_uri or tracking.local_uri(options.out)
+    client, _ = reach(uri, options.out)
+    version = promote(client, options.out, options.promote)
     print(f"champion: models:/{tracking.MODEL}@{tracking.ALIAS} (version {version})")  # noqa: T201
-    client.set_terminated(job.sweep_run)
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; what the user can mend is told in a few lines, with exit code 2."""
     try:
-        plan, options = parse(sys.argv[1:] if argv is None else argv)
-        if options.dry_run:
-            store = Store(options.store) if options.store else None
-            print(describe(plan, store))  # noqa: T201 - the command line's output
+        words = sys.argv[1:] if argv is None else list(argv)
+        if any(word.startswith("--promote") for word in words):
+            return promote_by_hand(words)
+        plan, options = parse(words)
+        if options.dry_run and options.store is None:
+            print(describe(plan, None))  # noqa: T201 - the command line's output
             return 0
-        if options.store is None:
-            raise ValueError("--store is missing: the patch store to train on")
         return sweep(plan, options)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")

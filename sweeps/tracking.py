@@ -1,8 +1,8 @@
 """MLflow: sweep run > trial run > fold run, evaluations beside them, the champion in the registry.
 
 Everything goes through one client with an explicit address, so that nothing depends on the
-process's environment. Run ids are kept in the trial's folder, so that a resumed trial goes on in
-the runs it had.
+process's environment. A sweep's runs are written by `sweeps/courier.py` alone, which keeps their
+ids in the trials' folders, so that a resumed trial goes on in the runs it had.
 """
 
 import json
@@ -13,19 +13,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import Metric, Param, RunTag
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.utils.time import get_current_time_millis
-
-from brstnet.config import Protocol, Training, plain
-from brstnet.data.store import Store
 
 EXPERIMENT = "brstnet"
 MODEL = "brstnet"
 ALIAS = "champion"
 LOCAL_FILE = "mlflow.db"
+
+ID_FILE = "sweep.id"
+"""Made with a sweep's folder: its runs are known by it, whatever other sweep had its name."""
 
 
 def local_uri(out: Path) -> str:
@@ -126,77 +127,6 @@ def log(
     )
 
 
-def log_store(client: MlflowClient, run_id: str, store: Store, protocol: Protocol) -> None:
-    """Note the store and the protocol as the run's input."""
-    profile = {"sections": len(store.sections), "patients": len(store.patients)}
-    dataset = Dataset(
-        name=store.path.name,
-        digest=store.digest,
-        source_type="brstnet-store",
-        source=json.dumps({"path": str(store.path), "prepare": store.index["prepare"]}),
-        schema=json.dumps({"genes": store.index["genes"], "input_px": store.input_px}),
-        profile=json.dumps(profile),
-    )
-    tags = [InputTag("mlflow.data.context", protocol.line())]
-    client.log_inputs(run_id, datasets=[DatasetInput(dataset=dataset, tags=tags)])
-
-
-class TrialTracker:
-    """One trial's runs. Kept by the process that trains it, or that leads those which do."""
-
-    def __init__(
-        self, uri: str, experiment_id: str, sweep: str, sweep_run: str, folder: Path
-    ) -> None:
-        self.client = connect(uri)
-        self.experiment_id = experiment_id
-        self.tags = {"brstnet.sweep": sweep}
-        self.sweep_run = sweep_run
-        self.folder = folder
-        self.runs: dict[str, str] = read_runs(folder)
-
-    def trial(self, number: int, training: Training, store: Store, protocol: Protocol) -> str:
-        """The trial's run, started on first use."""
-        self.tags["brstnet.protocol_line"] = protocol.line()
-        tags = {**self.tags, "brstnet.trial": str(number), "brstnet.state": "RUNNING"}
-        run_id, new = self._run(
-            "trial", f"trial {number} {training.backbone}", tags, self.sweep_run
-        )
-        if new:
-            log(self.client, run_id, params=plain(training))
-            log_store(self.client, run_id, store, protocol)
-        return run_id
-
-    def fold(self, number: int) -> str:
-        """A fold's run below the trial's, started on first use."""
-        tags = {**self.tags, "brstnet.fold": str(number)}
-        return self._run(f"fold_{number}", f"fold {number}", tags, self.runs["trial"])[0]
-
-    def _run(self, key: str, name: str, tags: dict[str, str], parent: str) -> tuple[str, bool]:
-        if key in self.runs:
-            self.client.update_run(self.runs[key], status="RUNNING")
-            return self.runs[key], False
-        kind = key.split("_")[0]
-        self.runs[key] = start_run(self.client, self.experiment_id, kind, name, tags, parent)
-        write_runs(self.folder, self.runs)
-        return self.runs[key], True
-
-    def epoch(self, fold: int, note: Mapping[str, float]) -> None:
-        """One epoch's numbers, in one request."""
-        metrics = {k: v for k, v in note.items() if k != "epoch"}
-        log(self.client, self.runs[f"fold_{fold}"], metrics, step=int(note["epoch"]))
-
-    def end_fold(self, fold: int, score: float, files: Path) -> None:
-        """A fold's score and files, and its run's end."""
-        run_id = self.runs[f"fold_{fold}"]
-        log(self.client, run_id, {"fold_score": score})
-        self.client.log_artifacts(run_id, str(files))
-        self.client.set_terminated(run_id)
-
-    def running(self, result: Mapping[str, float]) -> None:
-        """The trial's score so far."""
-        log(self.client, self.runs["trial"], result, step=int(result["folds_done"]))
-
-
 def read_runs(folder: Path) -> dict[str, str]:
     """The run ids of a trial, by trial and fold_0, fold_1, ...; empty before it has started."""
     file = folder / "mlflow.json"
@@ -207,18 +137,20 @@ def read_runs(folder: Path) -> dict[str, str]:
 
 
 def write_runs(folder: Path, runs: Mapping[str, str]) -> None:
-    """Keep run ids in a folder, whole or not at all."""
-    scratch = folder / "mlflow.json.tmp"
-    scratch.write_text(json.dumps(runs))
-    scratch.rename(folder / "mlflow.json")
+    """Keep run ids in a folder."""
+    write_json(folder / "mlflow.json", runs)
 
 
-def stop_open_runs(client: MlflowClient, out: Path) -> None:
-    """Mark what a stopped sweep leaves running as killed; it goes on in the same runs."""
-    for file in sorted((out / "trials").glob("*/mlflow.json")):
-        for run_id in read_runs(file.parent).values():
-            if client.get_run(run_id).info.status == "RUNNING":
-                client.set_terminated(run_id, status="KILLED")
+def write_json(file: Path, value: Any) -> None:
+    """Write a value as JSON, whole or not at all."""
+    write_text(file, json.dumps(value))
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    scratch = file.with_name(f"{file.name}.tmp")
+    scratch.write_text(text)
+    scratch.rename(file)
 
 
 def find_version(client: MlflowClient, model: str) -> ModelVersion:
@@ -241,22 +173,19 @@ def find_version(client: MlflowClient, model: str) -> ModelVersion:
         ) from error
 
 
+def champion_settings(client: MlflowClient) -> dict[str, Any] | None:
+    """The training settings of the registered champion, or None while there is none."""
+    try:
+        version = client.get_model_version_by_alias(MODEL, ALIAS)
+    except MlflowException:
+        return None
+    params = client.get_run(str(version.run_id)).data.params
+    return {name: yaml.safe_load(value) for name, value in params.items()}
+
+
 def as_json(value: object) -> str:
     """Canonical JSON for a tag."""
     return json.dumps(value, sort_keys=True)
-
-
-def end_trial(client: MlflowClient, folder: Path, state: str, reason: str = "") -> None:
-    """Mark a trial's run, and whatever fold of it still runs, as COMPLETE, PRUNED or FAILED."""
-    runs = read_runs(folder)
-    if "trial" not in runs:
-        return
-    tags = {"brstnet.state": state} | ({"brstnet.reason": reason[:5000]} if reason else {})
-    log(client, runs["trial"], tags=tags)
-    status = "FAILED" if state == "FAILED" else "FINISHED"
-    for run_id in runs.values():
-        if client.get_run(run_id).info.status == "RUNNING":
-            client.set_terminated(run_id, status="FINISHED" if run_id != runs["trial"] else status)
 
 
 def register(client: MlflowClient, run_id: str, folder: Path, facts: Mapping[str, Any]) -> str:

@@ -1,13 +1,17 @@
 """One trial: one configuration, all folds one after the other, the same order in every trial."""
 
+import fcntl
 import json
-import tempfile
-from collections.abc import Callable, Mapping
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import ray
 import ray.train
 import torch
@@ -17,51 +21,67 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from brstnet.config import Settings, to_yaml
 from brstnet.data.store import Store
-from brstnet.evaluation import plots, validation
+from brstnet.evaluation import validation
 from brstnet.launch import pick_device
+from brstnet.metrics import nanmedian
 from brstnet.training import distributed
 from brstnet.training.checkpoint import read_facts
-from brstnet.training.keep import FitResult
+from brstnet.training.keep import FitResult, read_progress
 from brstnet.training.train import fit
-from sweeps.space import NUMBER, Sweep
-from sweeps.tracking import TrialTracker
+from sweeps.pruning import Pruner, pruner_of
+from sweeps.record import TrialRecord
+from sweeps.space import Asked, Sweep
+
+ATTEMPTS = 3
+"""A trial that died so often at the same place, under one driver, has a fault of its own."""
+
+LOCK_SECONDS = 300.0
+"""How long a trial waits for a process that was cut off from Ray and still trains in its folder."""
+
+OWN_FAULT = (ValueError, FloatingPointError, FileNotFoundError, torch.OutOfMemoryError)
+"""What another try would meet again."""
 
 Report = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What all trials of a sweep share: where things are, and how they are tracked."""
+    """What all trials of a sweep share: what is asked, where things are, who drives.
+
+    `stores` has the sweep's store under "", and others by their names in the space.
+    """
 
     sweep: Sweep
-    store: Path
+    stores: dict[str, Path]
     out: Path
-    tracking_uri: str
-    experiment_id: str
-    sweep_run: str
     gpus_per_worker: float
+    session: str
 
-    def folder(self, number: int) -> Path:
-        """Where a trial keeps its folds and run ids; the same after a restart."""
-        return self.out / "trials" / f"{number:04d}"
+    def folder(self, asked: Asked) -> Path:
+        """Where a trial keeps its folds; the same after a restart."""
+        return self.out / "trials" / asked.name
+
+    def store(self, point: Mapping[str, Any]) -> Path:
+        """The store that a point of the space trains on."""
+        return self.stores[point.get("store", "")]
 
 
 def run_trial(config: Mapping[str, Any], job: Job) -> None:
     """What Tune calls: train in this actor, or lead a worker group that does."""
-    point = {name: value for name, value in config.items() if name != NUMBER}
+    asked = Asked(**config)
     if job.sweep.workers_per_trial == 1:
-        train_folds(config[NUMBER], point, job, tune.report)
+        train_folds(asked, job, tune.report)
     else:
-        train_in_workers(config[NUMBER], point, job)
+        train_in_workers(asked, job)
 
 
-def train_in_workers(number: int, point: dict[str, Any], job: Job) -> None:
+def train_in_workers(asked: Asked, job: Job) -> None:
     """Train the trial in a Ray Train worker group, which reports through this actor to Tune."""
     sweep = job.sweep
     resources = {"CPU": sweep.cpus_per_worker, "GPU": job.gpus_per_worker}
     trainer = TorchTrainer(
         worker_loop,
-        train_loop_config={"number": number, "point": point, "job": job},
+        train_loop_config={"asked": asked, "job": job},
         torch_config=TorchConfig(backend="nccl" if job.gpus_per_worker >= 1 else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=sweep.workers_per_trial,
@@ -69,10 +89,10 @@ def train_in_workers(number: int, point: dict[str, Any], job: Job) -> None:
             resources_per_worker={k: v for k, v in resources.items() if v},
         ),
         run_config=ray.train.RunConfig(
-            name=job.folder(number).name,
+            name=f"{asked.name}-{job.session}",
             storage_path=str(job.out / "train"),
             callbacks=[TuneReportCallback()],  # type: ignore[list-item]
-            failure_config=ray.train.FailureConfig(max_failures=3),
+            failure_config=ray.train.FailureConfig(max_failures=-1),  # Attempts counts them
         ),
     )
     trainer.fit()
@@ -83,76 +103,114 @@ def worker_loop(loop_config: dict[str, Any]) -> None:
     train_folds(**loop_config, report=ray.train.report)
 
 
-def train_folds(number: int, point: dict[str, Any], job: Job, report: Report) -> None:
+def train_folds(asked: Asked, job: Job, report: Report) -> None:
     """Train all folds in order and report the running mean of their scores after each.
 
     What is finished on disk is not repeated. Settings that cannot be trained end the trial as
     failed, with the reason; they do not end the sweep, and are not tried again.
     """
-    folder = job.folder(number)
+    folder = job.folder(asked)
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(job.sweep.cpus_per_worker)
-    scores: list[float] = []
-    seconds = 0.0
-    try:
-        settings = job.sweep.settings(point)
-        (folder / "settings.yaml").write_text(to_yaml(settings))
-        store = Store(job.store)
-        tracker = start_tracker(job, number, settings, store)
-        for fold in range(settings.protocol.folds):
-            result = train_fold(store, settings, fold, folder, tracker)
-            scores.append(result.score)
-            seconds += result.seconds
-            note = running(scores, seconds * job.sweep.workers_per_trial)
-            if tracker is not None:
-                tracker.running(note)
-            report(note)
-    except (ValueError, FloatingPointError, FileNotFoundError, torch.OutOfMemoryError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            if distributed.world().size > 1:
-                raise  # the others wait in a collective: the whole group must end
-            torch.cuda.empty_cache()  # the actor goes on with other trials
-        note = running([*scores, float("nan")], seconds)
-        report({**note, "folds_done": job.sweep.protocol.folds, "reason": str(error)})
+    state = Standing(folder, job.sweep.workers_per_trial)
+    with claimed(folder):
+        try:
+            reason = begin_attempt(folder, job.session)
+            if not reason:
+                _train_folds(asked, job, state, report)
+        except OWN_FAULT as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                if distributed.world().size > 1:
+                    raise  # the others wait in a collective: the whole group must end
+                torch.cuda.empty_cache()  # the actor goes on with other trials
+            reason = str(error)
+        except Exception as error:
+            note_error(folder, error)
+            raise
+    if reason:
+        folds = job.sweep.protocol.folds
+        report({**state.note(), "score": float("nan"), "folds_done": folds, "reason": reason})
 
 
-def start_tracker(job: Job, number: int, settings: Settings, store: Store) -> TrialTracker | None:
-    """The trial's runs in MLflow, kept by the leading worker alone."""
-    if not distributed.world().leads:
-        return None
-    tracker = TrialTracker(
-        job.tracking_uri, job.experiment_id, job.sweep.name, job.sweep_run, job.folder(number)
-    )
-    tracker.trial(number, settings.training, store, settings.protocol)
-    return tracker
+def _train_folds(asked: Asked, job: Job, state: "Standing", report: Report) -> None:
+    sweep, folder = job.sweep, state.folder
+    settings = sweep.settings({**asked.point, "seed": sweep.training.seed + asked.seed})
+    (folder / "settings.yaml").write_text(to_yaml(settings))
+    store = Store(job.store(asked.point))
+    record = None
+    if distributed.world().leads:
+        record = TrialRecord(folder, sweep.name)
+        record.begin(asked, settings.training, store, settings.protocol)
+    rungs = None if asked.seed or sweep.pruning == "none" else pruner_of(sweep)
+    for fold in range(settings.protocol.folds):
+        on_epoch = _watch(state, fold, settings, record, rungs, report)
+        result = train_fold(store, settings, fold, folder, record, on_epoch)
+        state.finish(result)
+        if record is not None:
+            record.running(state.note())
+        report(state.note())
+
+
+def _watch(
+    state: "Standing",
+    fold: int,
+    settings: Settings,
+    record: TrialRecord | None,
+    rungs: Pruner | None,
+    report: Report,
+) -> Callable[[Mapping[str, float]], None]:
+    """What is done after each epoch: tell of it, and at a rung inside the fold ask to go on."""
+    before, seen = float(fold), -np.inf
+    early = settings.training.stopping == "early"
+
+    def on_epoch(note: Mapping[str, float]) -> None:
+        nonlocal before, seen
+        seen = max(seen, note["score"]) if early else note["score"]
+        done = fold + (note["epoch"] + 1) / settings.training.epochs
+        state.spend()
+        if record is not None:
+            record.epoch(fold, note)
+        if rungs is not None and done < fold + 1 and rungs.due(before, done):
+            report(state.note(done, seen))
+        before = done
+
+    return on_epoch
 
 
 def train_fold(
-    store: Store, settings: Settings, fold: int, folder: Path, tracker: TrialTracker | None
+    store: Store,
+    settings: Settings,
+    fold: int,
+    folder: Path,
+    record: TrialRecord | None,
+    on_epoch: Callable[[Mapping[str, float]], None],
 ) -> FitResult:
-    """Train one fold and log it; a fold that was finished before is neither repeated nor logged."""
+    """Train one fold and tell of it; a fold that was finished before is neither repeated nor told.
+
+    Epochs that were saved but not yet told when a process was killed are told here.
+    """
     out = folder / f"fold_{fold}"
-    logged = out / "logged"
-    if tracker is not None and not logged.exists():
-        tracker.fold(fold)
-
-    def on_epoch(note: Mapping[str, float]) -> None:
-        if tracker is not None:
-            tracker.epoch(fold, note)
-
+    told = out / "told"
+    if record is not None and not told.exists():
+        record.fold(fold)
     result = fit(store, settings, fold, out, device=worker_device(), on_epoch=on_epoch)
-    if tracker is not None and not logged.exists():
-        with tempfile.TemporaryDirectory() as scratch:
-            files = Path(scratch)
-            validation.gene_table(result.folder).to_csv(files / "genes.csv", index=False)
-            plots.save(validation.gene_map(result.folder, store), files / "gene_map.png")
-            report = read_facts(result.folder)["leak_report"]
-            (files / "leak_report.json").write_text(json.dumps(report, indent=1))
-            tracker.end_fold(fold, result.score, files)
+    if record is not None and not told.exists():
+        for note in read_progress(out / "last").history:
+            record.epoch(fold, note)
+        record.end_fold(fold, result.score, describe_fold(result, out / "report"))
         # A finished fold is never gone on from: its momentum would be a third of a sweep's disk.
         (out / "last" / "optimizer.safetensors").unlink(missing_ok=True)
-        logged.touch()
+        told.touch()
     return result
+
+
+def describe_fold(result: FitResult, folder: Path) -> Path:
+    """A fold's table of genes and its leak report, as files for people."""
+    folder.mkdir(exist_ok=True)
+    validation.gene_table(result.folder).to_csv(folder / "genes.csv", index=False)
+    report = read_facts(result.folder)["leak_report"]
+    (folder / "leak_report.json").write_text(json.dumps(report, indent=1))
+    return folder
 
 
 def worker_device() -> torch.device:
@@ -162,12 +220,117 @@ def worker_device() -> torch.device:
     return pick_device()
 
 
-def running(scores: list[float], seconds: float) -> dict[str, Any]:
-    """What a trial reports: the mean score of its folds so far, its own counter, and its cost."""
-    by_fold = {f"score_fold_{number}": score for number, score in enumerate(scores)}
-    return {
-        "score": float(np.mean(scores)),
-        "folds_done": len(scores),
-        "cost_seconds": seconds,
-        **by_fold,
-    }
+class Standing:
+    """How far a trial is, and what it has cost: seconds of all its workers, over all its starts."""
+
+    def __init__(self, folder: Path, workers: int) -> None:
+        self.folder, self.workers = folder, workers
+        self.scores: list[float] = []
+        self.sections: dict[str, float] = {}
+        self._file = folder / "cost.json"
+        self._before = json.loads(self._file.read_text()) if self._file.is_file() else 0.0
+        self._began = time.monotonic()
+
+    def spend(self) -> float:
+        """Seconds that the trial's slot has been taken so far, kept on disk."""
+        seconds: float = self._before + time.monotonic() - self._began
+        if distributed.world().leads:
+            scratch = self._file.with_suffix(".tmp")
+            scratch.write_text(json.dumps(seconds))
+            scratch.rename(self._file)
+        return seconds * self.workers
+
+    def finish(self, result: FitResult) -> None:
+        """A fold is finished."""
+        self.scores.append(result.score)
+        table = pd.read_parquet(result.folder / "validation.parquet")
+        for section, part in table.groupby("section", sort=False):
+            self.sections[str(section)] = nanmedian(part["pcc"])
+
+    def note(self, done: float | None = None, score: float | None = None) -> dict[str, Any]:
+        """What is reported: the mean score of the folds so far, and within a fold this one's too.
+
+        Args:
+            done: folds done with the fraction of the one in training; by default whole folds.
+            score: of the fold in training.
+        """
+        so_far = self.scores if score is None else [*self.scores, score]
+        return {
+            "score": float(np.mean(so_far)) if so_far else float("nan"),
+            "folds_done": len(self.scores),
+            "progress": float(len(self.scores)) if done is None else done,
+            "cost_seconds": self.spend(),
+            "scores": list(self.scores),
+            "sections": dict(self.sections),
+        }
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold the trial's folder: a process that Ray has lost sight of may still be training there.
+
+    Raises:
+        TimeoutError: it is held for longer than LOCK_SECONDS.
+    """
+    if not distributed.world().leads:
+        yield
+        return
+    deadline = time.monotonic() + LOCK_SECONDS
+    with (folder / "lock").open("w") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(
+                        f"{folder}: another process still trains here after {LOCK_SECONDS:g} s"
+                    ) from error
+                time.sleep(0.2)
+            else:
+                break
+        yield
+
+
+def begin_attempt(folder: Path, session: str) -> str:
+    """Count a start at this place; where there were too many, the reason to give the trial up.
+
+    A machine that dies costs a start at ever new places. Something that kills the process in the
+    same epoch each time, memory above all, would otherwise be tried for ever.
+    """
+    if not distributed.world().leads:
+        return ""
+    file = folder / "attempts.json"
+    before = json.loads(file.read_text()) if file.is_file() else {}
+    place = [session, [list(_saved(out)) for out in sorted(folder.glob("fold_*"))]]
+    count = before["count"] + 1 if before.get("place") == place else 1
+    error = before.get("error", "") if count > 1 else ""
+    file.write_text(json.dumps({"place": place, "count": count, "error": error}))
+    if count <= ATTEMPTS:
+        return ""
+    died = error or "its process was killed, as happens when memory runs out"
+    return f"tried {ATTEMPTS} times at the same place without getting on: {died}"
+
+
+def note_error(folder: Path, error: Exception) -> None:
+    """Keep what ended an attempt, for the reason that is given if it was the last."""
+    file = folder / "attempts.json"
+    if distributed.world().leads and file.is_file():
+        text = f"{type(error).__name__}: {error}"[-2000:]
+        file.write_text(json.dumps({**json.loads(file.read_text()), "error": text}))
+
+
+def _saved(out: Path) -> tuple[str, int, int]:
+    for name in ("position", "last"):
+        if (out / name / "progress.json").is_file():
+            progress = read_progress(out / name)
+            return out.name, progress.epoch, progress.step
+    return out.name, -1, 0
+
+
+def drop_models(folder: Path) -> None:
+    """Remove what a trial that was stopped could only waste: its weights. Its numbers stay."""
+    for out in folder.glob("fold_*"):
+        for name in ("best", "last", "position"):
+            for file in (out / name).glob("*.safetensors"):
+                file.unlink()
+        shutil.rmtree(out / "position", ignore_errors=True)

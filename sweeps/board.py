@@ -1,0 +1,317 @@
+"""The sweep's ledger: which trials there are, how each ended, and which comes next.
+
+What is known lies on disk, in the Optuna study and in the trials' folders, and nothing else is
+needed to go on: the state that Tune keeps of an experiment is not read. So a sweep that was killed
+at any moment goes on with the same trials, and a thousand of them are taken up in seconds.
+"""
+
+import json
+import math
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.exceptions import ExperimentalWarning
+from optuna.samplers import BaseSampler, CmaEsSampler, RandomSampler, TPESampler
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from sweeps.pruning import pruner_of
+from sweeps.space import Asked, Sweep, first_points, suggest
+
+WAIT = "wait"
+"""There is nothing to begin now, but there may be when a trial ends."""
+
+ENOUGH = 5
+"""So many trials must have ended before their mean cost says what others will cost."""
+
+STATES = {
+    "COMPLETE": TrialState.COMPLETE,
+    "PRUNED": TrialState.PRUNED,
+    "FAILED": TrialState.FAIL,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What a sweep may cost. When it is reached nothing new begins; what runs is finished.
+
+    Args:
+        gpu_hours: of all trials together, those of earlier starts too; in a sweep without GPUs, of
+            workers.
+        trials: begun in all, earlier starts included.
+        deadline: nothing begins that is not expected to end before it.
+    """
+
+    gpu_hours: float | None = None
+    trials: int | None = None
+    deadline: datetime | None = None
+
+
+@dataclass(kw_only=True)
+class Running:
+    """A trial that was handed out, since when, and what it last reported."""
+
+    asked: Asked
+    began: float = field(default_factory=time.time)
+    note: dict[str, Any] = field(default_factory=dict)
+    reason: str = ""
+
+
+@dataclass(kw_only=True)
+class Board:
+    """Hands out trials and takes in how they ended. One process has it: the driver.
+
+    Args:
+        sweep: what is asked.
+        study: of Optuna, on disk.
+        out: the sweep's folder.
+        concurrent: trials at once.
+        budget: where to stop.
+        trial_seconds: what a trial is expected to take, until some have ended.
+        gpus_per_worker: 1 where there is no GPU, so that hours are those of workers.
+    """
+
+    sweep: Sweep
+    study: optuna.Study
+    out: Path
+    concurrent: int = 1
+    budget: Budget = field(default_factory=Budget)
+    trial_seconds: float = 0.0
+    gpus_per_worker: float = 1.0
+    running: dict[str, Running] = field(default_factory=dict, init=False)
+    outcomes: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)
+    stopped_by: str = field(default="", init=False)
+
+    def __post_init__(self) -> None:
+        ledger = self.out / "rungs.jsonl"
+        self._pruner = None if self.sweep.pruning == "none" else pruner_of(self.sweep, ledger)
+        self._trials: dict[int, optuna.Trial] = {}
+        self._unfinished: list[FrozenTrial] = []
+        self.outcomes |= {name_of(o): o for o in load_outcomes(self.out)}
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            self._trials[trial.number] = optuna.Trial(self.study, trial._trial_id)
+            known = [o for o in self.searched if o["trial"] == trial.number]
+            if not known:
+                self._unfinished.append(trial)
+            for outcome in known:  # the driver was killed between the two notes
+                self._tell(outcome)
+        self._begun = len(self.searched) + len(self._unfinished)
+
+    @property
+    def searched(self) -> list[dict[str, Any]]:
+        """The outcomes of the search, without the finalists' repeats."""
+        return [outcome for outcome in self.outcomes.values() if not outcome["seed"]]
+
+    @property
+    def complete(self) -> list[dict[str, Any]]:
+        """The complete trials of the search, best first."""
+        found = [outcome for outcome in self.searched if outcome["state"] == "COMPLETE"]
+        return sorted(found, key=lambda outcome: (-outcome["score"], outcome["trial"]))
+
+    @property
+    def goal(self) -> int:
+        """Trials that are searched in the end, as far as is known."""
+        limit = self.budget.trials
+        return self.sweep.count if limit is None else min(self.sweep.count, limit)
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to be trained."""
+        return not self._unfinished and len(self.searched) >= self.goal and not self._repeats()
+
+    def next(self) -> Asked | str | None:
+        """The next trial to begin; WAIT if there is none now; None if there will be none."""
+        if len(self.running) >= self.concurrent:
+            return WAIT
+        asked = self._resumed() or self._drawn() or self._repeated()
+        if asked is None:
+            return WAIT if self.running else None
+        self.running[asked.name] = Running(asked=asked)
+        return asked
+
+    def _resumed(self) -> Asked | None:
+        if not self._unfinished:
+            return None
+        number = self._unfinished.pop(0).number
+        self.study.sampler = make_sampler(self.sweep, number)
+        return Asked(number=number, point=suggest(self._trials[number], self.sweep.space))
+
+    def _drawn(self) -> Asked | None:
+        if self._begun >= self.goal or not self._affordable():
+            return None
+        self.study.sampler = make_sampler(self.sweep, self._begun)
+        trial = self.study.ask()
+        self._trials[trial.number] = trial
+        self._begun += 1
+        return Asked(number=trial.number, point=suggest(trial, self.sweep.space))
+
+    def _repeated(self) -> Asked | None:
+        """A finalist with another seed, once every trial of the search has ended."""
+        if any(trial.asked.seed == 0 for trial in self.running.values()):
+            return None
+        left = [asked for asked in self._repeats() if asked.name not in self.running]
+        return left[0] if left and self._affordable() else None
+
+    def _repeats(self) -> list[Asked]:
+        """The finalists' repeats that have not ended."""
+        all_of_them = [
+            Asked(number=outcome["trial"], point=outcome["config"], seed=seed)
+            for seed in range(1, self.sweep.seeds)
+            for outcome in self.complete[: self.sweep.finalists]
+        ]
+        return [asked for asked in all_of_them if asked.name not in self.outcomes]
+
+    def _affordable(self) -> bool:
+        """Whether one more trial is expected to stay within the budget, beside those that run."""
+        each, left = self.expected_trial_seconds(), len(self.running) + 1
+        hours = self.spent_hours() + each * left * self._per_hour
+        limit = self.budget.gpu_hours
+        if limit is not None and hours > limit:
+            self.stopped_by = f"the budget of {limit:g} GPU-hours leaves no room for another trial"
+        elif self.budget.deadline is not None:
+            seconds = each / self.sweep.workers_per_trial
+            if time.time() + seconds > self.budget.deadline.timestamp():
+                until = self.budget.deadline.isoformat(" ", "minutes")
+                self.stopped_by = f"no other trial would end before {until}"
+        return not self.stopped_by
+
+    @property
+    def _per_hour(self) -> float:
+        return self.gpus_per_worker / 3600
+
+    def expected_trial_seconds(self) -> float:
+        """Seconds of all its workers that a trial takes: the mean so far, or what was planned."""
+        costs = [outcome["cost_seconds"] for outcome in self.outcomes.values()]
+        return float(np.mean(costs)) if len(costs) >= ENOUGH else self.trial_seconds
+
+    def spent_hours(self) -> float:
+        """GPU-hours of all trials that ended; of workers where there is no GPU."""
+        return sum(o["cost_seconds"] for o in self.outcomes.values()) * self._per_hour
+
+    def report(self, name: str, note: dict[str, Any]) -> str:
+        """Take in a trial's standing; a reason to stop it, or nothing."""
+        trial = self.running[name]
+        trial.note = note
+        number, score = trial.asked.number, note["score"]
+        if trial.asked.seed or note.get("reason"):
+            return ""
+        if self.sweep.objective == "score" and math.isfinite(score):
+            self._trials[number].report(score, round(1000 * note["progress"]))
+        if self._pruner is not None and note["folds_done"] < self.sweep.protocol.folds:
+            trial.reason = self._pruner.judge(number, note["progress"], score, note["sections"])
+        return trial.reason
+
+    def end(self, name: str, error: str = "") -> dict[str, Any]:
+        """Take in that a trial has ended, on disk first; its outcome."""
+        trial = self.running.pop(name)
+        note, asked = trial.note, trial.asked
+        state = state_of(note, self.sweep.protocol.folds, error=error)
+        outcome = {
+            "trial": asked.number,
+            "seed": asked.seed,
+            "state": state,
+            "config": asked.point,
+            "score": None if state == "FAILED" or math.isnan(note["score"]) else note["score"],
+            "scores": note.get("scores", []),
+            "sections": note.get("sections", {}),
+            "cost_seconds": note.get("cost_seconds", 0.0),
+            "reason": error or note.get("reason", "") or trial.reason,
+        }
+        self.outcomes[name] = outcome
+        write_outcome(self.out / "trials" / name, outcome)
+        if not asked.seed:
+            self._tell(outcome)
+            if state == "COMPLETE" and self._pruner is not None:
+                self._pruner.complete(asked.number, outcome["score"], outcome["sections"])
+        return outcome
+
+    def _tell(self, outcome: Mapping[str, Any]) -> None:
+        """Tell Optuna; a trial that was stopped keeps what it reported, and has no value."""
+        trial, cost = self._trials.pop(outcome["trial"]), outcome["cost_seconds"]
+        trial.set_user_attr("cost_seconds", cost)
+        both = self.sweep.objective == "score_and_cost"
+        values = [outcome["score"], cost] if both else outcome["score"]
+        state = STATES[outcome["state"]]
+        complete = state == TrialState.COMPLETE
+        self.study.tell(trial, values if complete else None, state=state)
+
+
+def state_of(note: Mapping[str, Any], folds: int, error: str = "") -> str:
+    """What became of a trial: COMPLETE with all folds, PRUNED with fewer, FAILED by its fault."""
+    if error or not note or note.get("reason"):
+        return "FAILED"
+    if note["folds_done"] < folds:
+        return "PRUNED"
+    return "COMPLETE" if math.isfinite(note["score"]) else "FAILED"
+
+
+def name_of(outcome: Mapping[str, Any]) -> str:
+    """The name of a trial's folder."""
+    return Asked(number=outcome["trial"], point={}, seed=outcome["seed"]).name
+
+
+def load_outcomes(out: Path) -> list[dict[str, Any]]:
+    """How each ended trial of a sweep came out, by its folder's name."""
+    return [json.loads(f.read_text()) for f in sorted((out / "trials").glob("*/outcome.json"))]
+
+
+def write_outcome(folder: Path, outcome: Mapping[str, Any]) -> None:
+    """Note how a trial ended, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = folder / "outcome.tmp"
+    scratch.write_text(json.dumps(outcome, indent=1))
+    scratch.rename(folder / "outcome.json")
+
+
+def open_study(
+    sweep: Sweep, folder: Path, champion: Mapping[str, Any] | None = None
+) -> optuna.Study:
+    """The study in the sweep's folder, made on first use, with the points to try first in it.
+
+    Args:
+        sweep: what is asked.
+        folder: of the sweep.
+        champion: the training settings of the registered champion, for the point of that name.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.simplefilter("ignore", ExperimentalWarning)  # TPE's `group`, chosen knowingly
+    warnings.filterwarnings("ignore", message="The reported value is ignored")  # of resumed folds
+    storage = RDBStorage(
+        f"sqlite:///{folder.resolve() / 'optuna.db'}",
+        engine_kwargs={"connect_args": {"timeout": 60}},
+    )
+    both = sweep.objective == "score_and_cost"
+    study = optuna.create_study(
+        storage=storage,
+        study_name=sweep.name,
+        directions=["maximize", "minimize"] if both else ["maximize"],
+        load_if_exists=True,
+    )
+    known = [t.system_attrs.get("fixed_params") for t in study.get_trials(deepcopy=False)]
+    points = [p for p in first_points(sweep, champion) if p not in known]
+    for point in points[: max(0, sweep.count - len(known))]:
+        study.enqueue_trial(point)
+    return study
+
+
+def make_sampler(sweep: Sweep, number: int) -> BaseSampler:
+    """The sampler of one trial, seeded by its number: a resumed sweep draws what it would have."""
+    seed = int(np.random.SeedSequence([sweep.seed, number]).generate_state(1)[0])
+    if sweep.search == "tpe":
+        return TPESampler(
+            n_startup_trials=min(10, max(2, sweep.count // 3)),  # Optuna's 10 may be all
+            multivariate=True,
+            group=True,
+            constant_liar=True,
+            seed=seed,
+        )
+    if sweep.search == "cmaes":
+        return CmaEsSampler(seed=seed, warn_independent_sampling=False)
+    return RandomSampler(seed=seed)  # a grid is all first points: nothing is drawn

@@ -1,0 +1,94 @@
+"""After the last trial: the champion chosen, refitted if asked, registered, and what was learnt."""
+
+from pathlib import Path
+
+import pandas as pd
+import ray
+from mlflow import MlflowClient
+
+from brstnet.data.store import Store
+from brstnet.evaluation import validation
+from brstnet.launch import pick_device
+from brstnet.training.keep import finished
+from sweeps import insight, tracking
+from sweeps.board import Board
+from sweeps.champion import crown, read_outcomes
+from sweeps.choice import Candidate, Choice, choose
+from sweeps.cluster import gpus_per_worker, start_ray
+from sweeps.refit import refit, refit_folder, refit_settings
+
+INSIGHT = "insight"
+
+
+def conclude(
+    client: MlflowClient, board: Board, stores: dict[str, Path], address: str | None
+) -> None:
+    """Crown the champion and write down what the sweep has taught. May be repeated.
+
+    Raises:
+        ValueError: no trial completed all folds.
+    """
+    sweep, out = board.sweep, board.out
+    choice = choose(read_outcomes(out), sweep.champion_rule)
+    say(f"chosen: {choice.reason}")
+    store = stores[choice.chosen.outcomes[0]["config"].get("store", "")]
+    if sweep.refit:
+        refit_champion(board, choice.chosen, store, address)
+    version = crown(client, out, choice)
+    draw_maps(client, choice.chosen, Store(store), sweep.protocol.folds)
+    explain(client, board, choice)
+    client.set_terminated(tracking.read_runs(out)["sweep"])
+    say(f"what mattered: {out / INSIGHT / 'insight.html'}")
+    say(f"champion: models:/{tracking.MODEL}@{tracking.ALIAS} (version {version})")
+
+
+def refit_champion(board: Board, chosen: Candidate, store: Path, address: str | None) -> None:
+    """Train the champion's configuration on all folds, on a worker of the cluster.
+
+    Raises:
+        ValueError: its schedule needs a validation.
+    """
+    settings, folder = refit_settings(chosen), refit_folder(board.out, chosen.trial)
+    if finished(folder) is not None:
+        return
+    if not ray.is_initialized():
+        start_ray(board.sweep, address)
+    gpus = gpus_per_worker(board.sweep, ray.cluster_resources())
+    say(
+        f"refit: trial {chosen.trial} on the patients of all folds, "
+        f"{settings.training.epochs} epochs"
+    )
+    task = ray.remote(num_cpus=board.sweep.cpus_per_worker, num_gpus=gpus, max_retries=3)(_refit)
+    ray.get(task.remote(store, settings, folder))
+
+
+def _refit(store: Path, settings: object, folder: Path) -> None:
+    refit(store, settings, folder, pick_device())  # type: ignore[arg-type]
+
+
+def draw_maps(client: MlflowClient, chosen: Candidate, store: Store, folds: int) -> None:
+    """Maps of the champion's best genes, into its folds' runs."""
+    runs = tracking.read_runs(chosen.folder)
+    for number in range(folds):
+        done = finished(chosen.folder / f"fold_{number}")
+        assert done is not None
+        figure = validation.gene_map(done.folder, store)
+        client.log_figure(runs[f"fold_{number}"], figure, "gene_map.png")
+
+
+def explain(client: MlflowClient, board: Board, choice: Choice) -> None:
+    """The page and tables of what mattered, beside the sweep and in its run."""
+    folder = board.out / INSIGHT
+    folder.mkdir(exist_ok=True)
+    choice.table.to_csv(folder / "choice.csv", index=False)
+    title = f"Sweep {board.sweep.name}"
+    insight.write(board.study, folder, title=title, note=board.sweep.protocol.line())
+    client.log_artifacts(tracking.read_runs(board.out)["sweep"], str(folder), INSIGHT)
+    if board.sweep.objective == "score_and_cost":
+        table = pd.read_csv(folder / "pareto.csv")
+        say(f"\nnot beaten in both score and cost:\n{table.to_string(index=False)}\n")
+
+
+def say(text: str) -> None:
+    """Print a line."""
+    print(text)  # noqa: T201 - the command line's output

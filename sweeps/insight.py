@@ -1,0 +1,670 @@
+"""After a sweep: what its trials teach, as one page that opens from disk and as tables.
+
+The sums and the pictures are Optuna's; decided here is which trials each of them is given.
+"""
+
+import copy
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pandas as pd
+from jinja2 import Environment
+from optuna import visualization as draw
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.exceptions import ExperimentalWarning
+from optuna.importance import (
+    BaseImportanceEvaluator,
+    FanovaImportanceEvaluator,
+    PedAnovaImportanceEvaluator,
+    get_param_importances,
+)
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+from plotly import graph_objects as go  # type: ignore[import-untyped]
+from plotly import offline
+
+COST = "cost_seconds"
+"""The user attribute in which a trial says what it cost."""
+
+FEWEST = 8
+"""With fewer complete trials no importance is told: a forest of them would describe noise."""
+
+STEADY = 5
+"""Trials that PED-ANOVA's best group should hold at least (Optuna's documentation)."""
+
+DEPTH = 8
+"""Of fANOVA's trees. Optuna's 64 takes seven times as long with 1,000 trials, for the same shares
+to 0.01."""
+
+DRAWN = 200
+"""Trials drawn as lines or interpolated between: a browser is slow with more."""
+
+COLOURS = {TrialState.COMPLETE: "#2171b5", TrialState.PRUNED: "#f16913", TrialState.FAIL: "#cb181d"}
+
+COLUMNS = ["branch", "parameter", "fanova", "ped_anova", "trials", "note"]
+
+
+def write(study: optuna.Study, folder: Path, *, title: str, note: str) -> list[Path]:
+    """Write insight.html, importance.csv, trials.csv and pareto.csv; the same study, same bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with _quiet():
+        importance, pareto = importance_table(study), pareto_table(study)
+        page = page_html(sections(study, importance, pareto), title, [note, counts(study)])
+    tables = {"importance": importance, "trials": trials_table(study), "pareto": pareto}
+    paths = [folder / "insight.html", *(folder / f"{name}.csv" for name in tables)]
+    paths[0].write_text(page, encoding="utf-8")
+    for path, table in zip(paths[1:], tables.values(), strict=True):
+        table.to_csv(path, index=False)
+    return paths
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the lines in which Optuna says that a study was made: ours are in memory."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
+# Which trials: views of the study
+
+
+def value_names(study: optuna.Study) -> list[str]:
+    """The study's own names of its objectives; score, cost, value_2, ... if it has none."""
+    known = ["score", "cost"]
+    count = len(study.directions)
+    return study.metric_names or [*known, *(f"value_{n}" for n in range(2, count))][:count]
+
+
+def view(
+    study: optuna.Study,
+    values: Callable[[FrozenTrial], Sequence[float]],
+    directions: Sequence[StudyDirection],
+) -> optuna.Study:
+    """A copy in memory in which complete trials have other values; numbers and times are kept.
+
+    Optuna's functions take a `target` for that, and then draw no best so far, colour high scores
+    as bad ones, and let PED-ANOVA look for low ones. A complete trial without finite values stands
+    in the copy as failed.
+    """
+    copied = optuna.create_study(directions=directions)
+    for trial in study.get_trials(deepcopy=False):
+        other = copy.copy(trial)
+        other.user_attrs = {}  # Optuna writes them into every hover text
+        other.values = None
+        if trial.state == TrialState.COMPLETE:
+            found = [float(value) for value in values(trial)]
+            finite = all(math.isfinite(value) for value in found)
+            other.state = TrialState.COMPLETE if finite else TrialState.FAIL
+            other.values = found if finite else None
+        copied.add_trial(other)
+    return copied
+
+
+def score_view(study: optuna.Study) -> optuna.Study:
+    """The study as if its first objective, the score, were all there is."""
+    return view(study, lambda trial: trial.values[:1], study.directions[:1])
+
+
+def tradeoff_view(study: optuna.Study) -> tuple[optuna.Study, list[str]]:
+    """The study with all its objectives, or with the score and what a trial cost; their names."""
+    names = value_names(study)
+    costly = any(COST in trial.user_attrs for trial in complete(study))
+    if len(names) > 1 or not costly:
+        return view(study, lambda trial: trial.values, study.directions), names
+
+    def score_and_cost(trial: FrozenTrial) -> list[float]:
+        return [trial.values[0], trial.user_attrs.get(COST, math.nan)]
+
+    both = [study.directions[0], StudyDirection.MINIMIZE]
+    return view(study, score_and_cost, both), [*names, COST]
+
+
+def complete(study: optuna.Study) -> list[FrozenTrial]:
+    """The complete trials."""
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+
+def thinned(study: optuna.Study) -> optuna.Study:
+    """At most DRAWN complete trials, evenly through their ranking and the best among them."""
+    sign = -1 if study.direction == StudyDirection.MAXIMIZE else 1
+    ranking = sorted(complete(study), key=lambda trial: sign * trial.values[0])
+    few = optuna.create_study(direction=study.direction)
+    few.add_trials(ranking[:: math.ceil(len(ranking) / DRAWN) or 1])
+    return few
+
+
+# Importances
+
+
+@dataclass(frozen=True, kw_only=True)
+class Branch:
+    """Trials of a define-by-run study that can be judged together, by what they all drew."""
+
+    label: str
+    trials: list[FrozenTrial]
+    params: list[str]
+
+
+def branches(trials: list[FrozenTrial]) -> list[Branch]:
+    """All trials by what every one drew; then, for what only some drew, those by what they share.
+
+    Parameters that were drawn by the same trials have one branch.
+    """
+    groups: dict[frozenset[int], list[str]] = {}
+    for name in sorted({name for trial in trials for name in trial.params}):
+        drew = frozenset(trial.number for trial in trials if name in trial.params)
+        groups.setdefault(drew, []).append(name)
+    always = groups.pop(frozenset(trial.number for trial in trials), [])
+    found = [Branch(label="all", trials=trials, params=always)]
+    for drew, names in groups.items():
+        inside = [trial for trial in trials if trial.number in drew]
+        outside = [trial for trial in trials if trial.number not in drew]
+        parents = conditions(inside, outside, names)
+        label = " and ".join(f"{n} = {' or '.join(map(str, v))}" for n, v in parents.items())
+        fixed = {name for name, values in parents.items() if len(values) == 1}
+        shared = sorted(set.intersection(*(set(trial.params) for trial in inside)) - fixed)
+        label = label or f"with {', '.join(names)}"
+        found.append(Branch(label=label, trials=inside, params=shared))
+    return found
+
+
+def conditions(
+    inside: list[FrozenTrial], outside: list[FrozenTrial], names: list[str]
+) -> dict[str, list[Any]]:
+    """The one or two choices that set trials apart from the others, none if there are no such.
+
+    They are read off the trials, as a study does not know why a parameter was not drawn.
+    """
+    candidates: list[tuple[str, list[Any]]] = []
+    for name, distribution in sorted(inside[0].distributions.items()):
+        drawn = all(name in trial.params for trial in inside) and name not in names
+        if drawn and isinstance(distribution, CategoricalDistribution):
+            values = [trial.params[name] for trial in inside]
+            candidates.append((name, [each for each in distribution.choices if each in values]))
+    candidates.sort(key=lambda each: len(each[1]))
+
+    def fits(trial: FrozenTrial, chosen: tuple[tuple[str, list[Any]], ...]) -> bool:
+        return all(name in trial.params and trial.params[name] in own for name, own in chosen)
+
+    for size in (1, 2):
+        for chosen in itertools.combinations(candidates, size):
+            if not any(fits(trial, chosen) for trial in outside):
+                return dict(chosen)
+    return {}
+
+
+def importance_table(study: optuna.Study) -> pd.DataFrame:
+    """What each parameter explains of the score, in all trials and in each branch.
+
+    Shares add to one in a branch; where there is nothing to tell they are NaN, and `note` is why.
+    """
+    direction = study.directions[0]
+    rows = [
+        row
+        for branch in branches(complete(score_view(study)))
+        for row in sorted(assess(branch, direction), key=_rank)
+    ]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _rank(row: dict[str, Any]) -> float:
+    return -float(np.nan_to_num([row["fanova"], row["ped_anova"]], nan=-1.0).sum())
+
+
+def assess(branch: Branch, direction: StudyDirection) -> list[dict[str, Any]]:
+    """The rows of one branch. What cannot be told has a note instead."""
+    notes = {name: _unfit(branch.trials, name) for name in branch.params or [""]}
+    fit = [name for name, reason in notes.items() if not reason]
+    fanova: dict[str, float] = {}
+    ped_anova: dict[str, float] = {}
+    if len(fit) == 1:
+        notes[fit[0]] = "the only parameter that varies: nothing to compare it with"
+    elif fit:
+        judged = _standard(branch.trials, fit, direction)
+        best = min(max(0.1, STEADY / len(branch.trials)), 0.5)
+        fanova = _shares(judged, FanovaImportanceEvaluator(max_depth=DEPTH, seed=0), fit)
+        ped_anova = _shares(judged, PedAnovaImportanceEvaluator(target_quantile=best), fit)
+        if not ped_anova:
+            notes |= dict.fromkeys(fit, "PED-ANOVA: too many trials tie with the best")
+    return [
+        {
+            "branch": branch.label,
+            "parameter": name,
+            "fanova": fanova.get(name, math.nan),
+            "ped_anova": ped_anova.get(name, math.nan),
+            "trials": len(branch.trials),
+            "note": reason,
+        }
+        for name, reason in notes.items()
+    ]
+
+
+def _unfit(trials: list[FrozenTrial], name: str) -> str:
+    """Why the importance of a parameter cannot be told, empty if it can."""
+    if len(trials) < FEWEST:
+        return f"not enough trials ({len(trials)}) to judge"
+    if not name:
+        return "no parameter that all of them drew"
+    if len({trial.values[0] for trial in trials}) == 1:
+        return "all scores are equal"
+    if len({str(trial.distributions[name]) for trial in trials}) > 1:
+        return "drawn from different ranges"
+    if len({trial.params[name] for trial in trials}) == 1:
+        return "one value only"
+    return ""
+
+
+def _standard(
+    trials: list[FrozenTrial], names: list[str], direction: StudyDirection
+) -> optuna.Study:
+    """The trials as fANOVA should see them: scores standardised, log parameters as logarithms.
+
+    Optuna's fANOVA averages over the plain range, nine tenths of which are a log range's last
+    decade, and its forest does not split a variance below 1e-16.
+    """
+    scores = np.array([trial.values[0] for trial in trials])
+    scores = scores / np.abs(scores).max()
+    scores = (scores - scores.mean()) / scores.std()
+    study = optuna.create_study(direction=direction)
+    for trial, score in zip(trials, scores, strict=True):
+        drawn = {n: _plain(trial.params[n], trial.distributions[n]) for n in names}
+        params = {name: value for name, (value, _) in drawn.items()}
+        distributions = {name: distribution for name, (_, distribution) in drawn.items()}
+        study.add_trial(
+            optuna.create_trial(params=params, distributions=distributions, value=float(score))
+        )
+    return study
+
+
+def _plain(value: Any, distribution: BaseDistribution) -> tuple[Any, BaseDistribution]:
+    if not isinstance(distribution, FloatDistribution | IntDistribution) or not distribution.log:
+        return value, distribution
+    low, high = math.log10(distribution.low), math.log10(distribution.high)
+    return min(max(math.log10(value), low), high), FloatDistribution(low, high)
+
+
+def _shares(
+    study: optuna.Study, evaluator: BaseImportanceEvaluator, names: list[str]
+) -> dict[str, float]:
+    """Importances that add to one; none where Optuna finds none (it would then call all equal)."""
+    with warnings.catch_warnings():
+        # `normalize` is marked as experimental: False is what the evaluator itself returns.
+        warnings.filterwarnings("ignore", "Argument ``normalize``", ExperimentalWarning)
+        # Too many ties: it is told in the table.
+        warnings.filterwarnings("ignore", "Target and region quantiles", UserWarning)
+        found = get_param_importances(study, evaluator=evaluator, params=names, normalize=False)
+    total = sum(found.values())
+    return {name: float(share / total) for name, share in found.items()} if total > 0 else {}
+
+
+# Tables
+
+
+def trials_table(study: optuna.Study) -> pd.DataFrame:
+    """One row a trial; a pruned one has the value that it had when it was stopped.
+
+    A drawn None is written as the word, so that it is not taken for a parameter never drawn.
+    """
+    names = value_names(study)
+    rows = [_row(trial, names) for trial in study.get_trials(deepcopy=False)]
+    return pd.DataFrame(rows, dtype=object)
+
+
+def _row(trial: FrozenTrial, names: list[str]) -> dict[str, Any]:
+    values = trial.values or [None] * len(names)
+    row = {"number": trial.number, "state": trial.state.name}
+    row |= dict(zip(names, values, strict=True))
+    row[COST] = trial.user_attrs.get(COST)
+    row["duration_seconds"] = trial.duration.total_seconds() if trial.duration else None
+    params = {name: "None" if v is None else v for name, v in sorted(trial.params.items())}
+    return row | {f"params_{name}": value for name, value in params.items()}
+
+
+def pareto_table(study: optuna.Study) -> pd.DataFrame:
+    """The complete trials that none beats in all objectives at once, best score first.
+
+    A study of the score alone is judged by the score and the trials' costs, or where none are told
+    by the score, which leaves the best trial.
+    """
+    tradeoff, names = tradeoff_view(study)
+    sign = -1 if study.directions[0] == StudyDirection.MAXIMIZE else 1
+    front = sorted(tradeoff.best_trials, key=lambda trial: sign * trial.values[0])
+    rows = []
+    for trial in front:
+        params = {name: v for name, v in _row(trial, names).items() if name.startswith("params_")}
+        rows.append(
+            {"number": trial.number, **dict(zip(names, trial.values, strict=True)), **params}
+        )
+    return pd.DataFrame(rows, columns=None if rows else ["number", *names], dtype=object)
+
+
+# The page
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A heading, a line that says how to read what follows, and what follows."""
+
+    heading: str
+    words: str
+    figures: list[go.Figure] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+    table: pd.DataFrame | None = None
+
+
+def counts(study: optuna.Study) -> str:
+    """How many trials ended how, and what that means for what is drawn."""
+    states = [trial.state.name for trial in study.get_trials(deepcopy=False)]
+    words = {"FAIL": "failed"}
+    ended = ", ".join(
+        f"{states.count(name)} {words.get(name, name.lower())}" for name in sorted(set(states))
+    )
+    text = f"{len(states)} trials: {ended or 'none'}."
+    if "PRUNED" in states:
+        text += (
+            " Importances, coordinates and slices know complete trials only: those that survived"
+            " pruning are a biased sample, in which what loses early is missing."
+        )
+    return text
+
+
+def sections(study: optuna.Study, importance: pd.DataFrame, pareto: pd.DataFrame) -> list[Section]:
+    """All that the page shows, top to bottom."""
+    score, name = score_view(study), value_names(study)[0]
+    found = [importance_section(importance)]
+    if complete(score):
+        found = [history_section(score, name), *found]
+        found += [coordinates_section(score, name), slices_section(score, name)]
+        found += contour_sections(score, name, importance)
+    if any(trial.intermediate_values for trial in score.get_trials(deepcopy=False)):
+        found.append(curves_section(score, name))
+    if complete(score):
+        found.append(pareto_section(study, pareto))
+    if score.get_trials(deepcopy=False):
+        found.append(timeline_section(score))
+    return found
+
+
+def history_section(score: optuna.Study, name: str) -> Section:
+    """Scores in the order of the trials."""
+    figure = draw.plot_optimization_history(score, target_name=name)
+    return Section(
+        heading="Optimisation history",
+        words="A dot is a complete trial; the line is the best so far.",
+        figures=[figure],
+    )
+
+
+def importance_section(importance: pd.DataFrame) -> Section:
+    """Bars of both evaluators for each branch, and what could not be judged."""
+    told = importance[importance["fanova"].notna()]
+    untold = importance[importance["note"] != ""]
+    sizes = importance["branch"].value_counts().to_dict()
+    lines = []
+    for (branch, note), rows in untold.groupby(["branch", "note"], sort=False):
+        whole = len(rows) == sizes[branch] > 1
+        names = "" if whole else ", ".join(rows["parameter"])
+        lines.append(": ".join(filter(None, [str(branch), names, str(note)])))
+    return Section(
+        heading="Parameter importances",
+        words="Each parameter's own share, adding to one in a branch; interactions have no part in "
+        "it. fANOVA: of the variance of the score; PED-ANOVA: of what sets the best tenth of the "
+        "trials apart (of few trials the best five, at most half). With less than fifty trials the "
+        "order is a hint.",
+        figures=[bars(rows, str(label)) for label, rows in told.groupby("branch", sort=False)],
+        lines=lines,
+    )
+
+
+def bars(rows: pd.DataFrame, label: str) -> go.Figure:
+    """One branch of the importance table. Optuna's own chart has one evaluator, and computes."""
+    upwards = rows[::-1]
+    figure = go.Figure()
+    for column, name, colour in (
+        ("ped_anova", "PED-ANOVA", "#9ecae1"),
+        ("fanova", "fANOVA", "#08519c"),
+    ):
+        figure.add_bar(
+            x=upwards[column],
+            y=upwards["parameter"],
+            name=name,
+            orientation="h",
+            marker_color=colour,
+            text=upwards[column].map("{:.2f}".format, na_action="ignore"),
+            textposition="outside",
+            cliponaxis=False,
+        )
+    trials = rows["trials"].iloc[0]
+    figure.update_layout(
+        legend={"orientation": "h", "traceorder": "reversed", "y": 1, "yanchor": "bottom"},
+        height=120 + 42 * len(rows),
+        xaxis={"range": [0, 1.1], "title": f"{label}: {trials} trials"},
+    )
+    return figure
+
+
+def coordinates_section(score: optuna.Study, name: str) -> Section:
+    """Parallel coordinates."""
+    figure = draw.plot_parallel_coordinate(thinned(score), target_name=name)
+    figure.for_each_annotation(
+        lambda tick: tick.update(text=_short(tick.text), bgcolor="rgba(255, 255, 255, 0.7)")
+    )
+    return Section(
+        heading="Parallel coordinates",
+        words="A line is a complete trial, the darker the better. None: the trial did not draw "
+        "that parameter, or drew None." + _of(len(complete(score))),
+        figures=[figure],
+    )
+
+
+def _log_ticks(score: optuna.Study, param: str) -> dict[str, Any]:
+    """Ticks of a logarithmic axis as whole numbers, where plotly writes 2, 5 and 100 micro."""
+    drawn = [trial for trial in complete(score) if param in trial.params]
+    if not getattr(drawn[0].distributions[param], "log", False):
+        return {}
+    low, high = min(t.params[param] for t in drawn), max(t.params[param] for t in drawn)
+    steps = (1,) if high >= 100 * low else (1, 2, 5)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [f"{step}e{decade}" for decade in decades for step in steps]
+    values = [float(tick) for tick in ticks]
+    return {"tickvals": values, "ticktext": [f"{value:g}" for value in values]}
+
+
+def _short(text: str) -> str:
+    """A tick text that does not run into the axis on its left."""
+    return text if len(text) <= 15 else f"{text[:14]}\N{HORIZONTAL ELLIPSIS}"
+
+
+def _of(count: int) -> str:
+    return f" About {DRAWN} of {count} trials, evenly chosen." if count > DRAWN else ""
+
+
+def slices_section(score: optuna.Study, name: str) -> Section:
+    """The score against each parameter, a figure each: Optuna sets them all in one row."""
+    params = sorted({param for trial in complete(score) for param in trial.params})
+    figures = []
+    for param in params:
+        figure = draw.plot_slice(score, [param], target_name=name)
+        figure.update_traces(marker_showscale=False)
+        figure.update_layout(height=300)
+        figure.update_xaxes(_log_ticks(score, param))
+        figures.append(figure)
+    return Section(
+        heading="Slices",
+        words="The score against each parameter, over the trials that drew it; the darker the "
+        "later.",
+        figures=figures,
+    )
+
+
+def contour_sections(score: optuna.Study, name: str, importance: pd.DataFrame) -> list[Section]:
+    """The score over the two most important numbers, if every trial drew two that were judged."""
+    told = importance[(importance["branch"] == "all") & importance["fanova"].notna()]
+    distributions = complete(score)[0].distributions
+    numbers = [
+        param
+        for param in told["parameter"]
+        if not isinstance(distributions[param], CategoricalDistribution)
+    ]
+    if len(numbers) < 2:
+        return []
+    figure = draw.plot_contour(thinned(score), numbers[:2], target_name=name)
+    across, up = sorted(numbers[:2])  # as Optuna sets them
+    figure.update_layout(xaxis=_log_ticks(score, across), yaxis=_log_ticks(score, up))
+    words = "A dot is a complete trial; the colour between dots is interpolated."
+    words += _of(len(complete(score)))
+    heading = f"Contour of {numbers[0]} and {numbers[1]}"
+    return [Section(heading=heading, words=words, figures=[figure])]
+
+
+def curves_section(score: optuna.Study, name: str) -> Section:
+    """What trials reported on the way."""
+    states = {f"Trial{trial.number}": trial.state for trial in score.get_trials(deepcopy=False)}
+    figure = draw.plot_intermediate_values(score)
+    count = len(figure.data)
+    figure.data = figure.data[:: math.ceil(count / DRAWN)]
+    for trace in figure.data:  # Optuna gives each trial a colour of its own, and ten at that
+        colour = COLOURS.get(states[trace.name], "#969696")
+        trace.update(line={"color": colour, "width": 1}, marker_size=4, opacity=0.6)
+    last = max(max(trace.x) for trace in figure.data)
+    figure.update_layout(yaxis_title=name, xaxis_dtick=math.ceil(last / 10))
+    return Section(
+        heading="Intermediate values",
+        words="What each trial reported on its way: complete trials in blue, pruned ones in "
+        "orange up to where they were stopped." + _of(count),
+        figures=[figure],
+    )
+
+
+def pareto_section(study: optuna.Study, pareto: pd.DataFrame) -> Section:
+    """The trials that no other beats in all objectives."""
+    tradeoff, names = tradeoff_view(study)
+    figures = []
+    if len(names) in (2, 3):  # what Optuna draws
+        figure = draw.plot_pareto_front(tradeoff, target_names=names)
+        for trace, colour in zip(figure.data, ("#9ecae1", "#cb181d"), strict=True):
+            trace.update(marker={"color": colour, "showscale": False})  # Optuna's fade with age
+        figures.append(figure)
+    words = f"Red: no other trial beats it in {' and '.join(names)} at once."
+    if len(names) == 1:
+        words = "The trials told no cost: the best alone is left."
+    return Section(heading="Pareto front", words=words, figures=figures, table=pareto)
+
+
+def timeline_section(score: optuna.Study) -> Section:
+    """When trials ran."""
+    figure = draw.plot_timeline(score)
+    for trace in figure.data:
+        state = next((each for each in COLOURS if each.name == trace.name), None)
+        trace.marker.color = COLOURS[state] if state else trace.marker.color
+        trace.marker.line.width = 0  # else the bars of a thousand trials are all outline
+    return Section(
+        heading="Timeline",
+        words="When each trial ran, and how it ended.",
+        figures=[figure],
+    )
+
+
+def page_html(found: list[Section], title: str, notes: list[str]) -> str:
+    """The page, with plotly.js in it once; all text is escaped, nothing is loaded."""
+    numbers = itertools.count()  # plotly's own ids are random
+
+    def figure_html(figure: go.Figure) -> str:
+        figure.update_layout(
+            template="plotly_white",
+            title=None,  # the section has a heading
+            height=figure.layout.height or 400,
+            margin={"l": 70, "r": 20, "t": 30, "b": 50},
+        )
+        return str(
+            figure.to_html(
+                full_html=False,
+                include_plotlyjs=False,
+                div_id=f"figure-{next(numbers)}",
+                config={"displayModeBar": False, "responsive": True},
+            )
+        )
+
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"figure": figure_html, "table": table_html}
+    page = environment.from_string(PAGE)
+    return page.render(sections=found, title=title, notes=notes, plotlyjs=offline.get_plotlyjs())
+
+
+def table_html(table: pd.DataFrame) -> str:
+    """A table as HTML, with four digits a number."""
+    short = table.map(lambda value: f"{value:.4g}" if isinstance(value, float) else value)
+    short = short.mask(table.isna(), "")
+    return str(
+        short.rename(columns=lambda n: n.removeprefix("params_")).to_html(
+            index=False, border=0, na_rep=""
+        )
+    )
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>{{ title }}</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1240px; margin: 2em auto;
+  padding: 0 1em; }
+h1 { margin-bottom: .2em; }
+h2 { margin: 2em 0 0; border-top: 1px solid #ddd; padding-top: .8em; }
+p { margin: .2em 0; max-width: 60em; }
+.figures { display: grid; grid-template-columns: 1fr; }
+.figures.many { grid-template-columns: repeat(auto-fill, minmax(380px, 1fr)); }
+.figures > div { min-width: 0; }
+.table { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums;
+  margin-top: .5em; }
+th, td { text-align: right; padding: .2em .8em; border-bottom: 1px solid #eee;
+  white-space: nowrap; }
+</style>
+<script>{{ plotlyjs | safe }}</script>
+</head>
+<body>
+<h1>{{ title }}</h1>
+{% for note in notes %}
+<p>{{ note }}</p>
+{% endfor %}
+<p>Tables: <a href="importance.csv">importance.csv</a>, <a href="trials.csv">trials.csv</a>,
+<a href="pareto.csv">pareto.csv</a>.</p>
+{% for section in sections %}
+<section>
+<h2>{{ section.heading }}</h2>
+<p>{{ section.words }}</p>
+{% for line in section.lines %}
+<p>{{ line }}</p>
+{% endfor %}
+<div class="figures{{ ' many' if section.figures | length > 1 }}">
+{% for figure in section.figures %}
+<div>{{ figure | figure | safe }}</div>
+{% endfor %}
+</div>
+{% if section.table is not none %}
+<div class="table">{{ section.table | table | safe }}</div>
+{% endif %}
+</section>
+{% endfor %}
+</body>
+</html>
+"""

@@ -1,0 +1,1 @@
+"""Drills: small real sweeps whose processes are killed, compared with ones that were left alone."""
