@@ -18,7 +18,7 @@ UNFAIR = {
 
 SEARCHABLE = (*(f.name for f in fields(Training) if f.name not in UNFAIR), "store")
 
-IMPLIED = {
+IMPLIED: dict[str, dict[str, list[Any]]] = {
     "aux_weight": {"auxnet": [True]},
     "aux_target": {"auxnet": [True]},
     "momentum": {"optimizer": ["sgd"]},
@@ -28,6 +28,13 @@ IMPLIED = {
     "backbone_learning_rate": {"frozen": [False]},
 }
 """Settings that do nothing on some branch: not drawn there, where the space has the branch."""
+
+NUMBERS = {
+    f.name: f.type in (int, int | None)
+    for f in fields(Training)
+    if f.type in (int, int | None, float, float | None)
+}
+"""What a range can be of, and whether it is of whole numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +103,10 @@ class Sweep:
     @property
     def count(self) -> int:
         """Number of trials that are searched; the finalists' repeats come on top."""
-        return self.trials if self.trials is not None else len(first_points(self))
+        if self.trials is not None and self.search != "grid":
+            return self.trials
+        whole = len(first_points(self))
+        return whole if self.trials is None else min(self.trials, whole)
 
     def settings(self, point: Mapping[str, Any]) -> Settings:
         """The settings of a trial at a point of the space.
@@ -149,12 +159,32 @@ def check_space(sweep: Sweep) -> None:
     _check_stores(sweep)
     if sweep.search == "cmaes" and not any(choices(v) is None for v in sweep.space.values()):
         raise ValueError("search: cmaes needs a range {low: , high: } in the space; use tpe")
+    if sweep.search == "cmaes" and sweep.objective != "score":
+        raise ValueError(f"search: cmaes knows one objective, got {sweep.objective}; use tpe")
     drawing_order(sweep.space)
+    _check_conditions(sweep.space)
     _check_values(sweep)
-    for point in first_points(sweep):
+    written = [point for point in sweep.points if not isinstance(point, str)]
+    for point in [*written, *first_points(sweep)]:
         if unknown := set(point) - set(sweep.space):
             raise ValueError(f"points: {sorted(unknown)} are not in the space: {list(sweep.space)}")
+        for name, value in point.items():
+            if not contains(sweep.space[name], value):
+                raise ValueError(
+                    f"points: {name} {value!r} is not in space.{name}: {sweep.space[name]}"
+                )
         sweep.settings(point)
+
+
+def _check_conditions(space: Mapping[str, Any]) -> None:
+    for name in space:
+        for parent, wanted in _written(name, space).items():
+            listed = choices(space[parent])
+            if never := [value for value in wanted if value not in (listed or [])]:
+                raise ValueError(
+                    f"space.{name}: when {parent} is {never} can never hold: it must be among "
+                    f"the choices of {parent}, which are {listed or 'a range'}"
+                )
 
 
 def _check_stores(sweep: Sweep) -> None:
@@ -183,8 +213,11 @@ def _check_numbers(sweep: Sweep) -> None:
         raise ValueError(f"paired_p must be between 0 and 1, or null; got {sweep.paired_p}")
     if sweep.trials is None and sweep.search != "grid":
         raise ValueError(f"trials must be given for search: {sweep.search}")
-    if sweep.trials is not None and sweep.trials < 1:
-        raise ValueError(f"trials must be at least 1, got {sweep.trials}")
+    for name in ("trials", "concurrent_trials"):
+        if (number := getattr(sweep, name)) is not None and number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+    if sweep.gpus_per_worker is not None and sweep.gpus_per_worker < 0:
+        raise ValueError(f"gpus_per_worker must not be negative, got {sweep.gpus_per_worker}")
 
 
 def _check_values(sweep: Sweep) -> None:
@@ -197,7 +230,7 @@ def _check_values(sweep: Sweep) -> None:
         parents = {k: v[0] for k, v in condition(name, sweep.space).items()}
         for value in listed if listed is not None else (values["low"], values["high"]):
             for branch in branches:
-                point = {**parents, **branch, name: value}
+                point = {**branch, **parents, name: value}
                 timm_name(sweep.settings(point).training.backbone)
 
 
@@ -205,6 +238,8 @@ def _check_range(name: str, values: object, *, grid: bool) -> None:
     if isinstance(values, list) and values:
         return
     known = set(values) - {"when"} if isinstance(values, dict) else set()
+    if isinstance(values, dict) and not isinstance(values.get("when", {}), dict):
+        raise ValueError(f"space.{name}: when must be {{NAME: VALUE}}, got {values['when']!r}")
     if isinstance(values, dict) and known == {"choices"} and values["choices"]:
         if grid:
             raise ValueError(
@@ -214,6 +249,8 @@ def _check_range(name: str, values: object, *, grid: bool) -> None:
     if isinstance(values, dict) and {"low", "high"} <= known <= {"low", "high", "log"}:
         if grid:
             raise ValueError(f"space.{name}: a grid needs a list of choices, got {values}")
+        if name not in NUMBERS:
+            raise ValueError(f"space.{name} is no number: it must be a list of choices: {values}")
         if not values["low"] < values["high"] or (values.get("log") and values["low"] <= 0):
             raise ValueError(f"space.{name}: low must be below high, and above 0 if log: {values}")
         return
@@ -231,11 +268,14 @@ def choices(values: object) -> list[Any] | None:
 
 def condition(name: str, space: Mapping[str, Any]) -> dict[str, list[Any]]:
     """On which branch a setting is drawn: the name of another -> the values it must have."""
+    implied = {k: v for k, v in IMPLIED.get(name, {}).items() if k in space}
+    return {**implied, **_written(name, space)}
+
+
+def _written(name: str, space: Mapping[str, Any]) -> dict[str, list[Any]]:
     entry: Any = space[name]
     own: dict[str, Any] = entry.get("when", {}) if isinstance(entry, dict) else {}
-    implied = {k: v for k, v in IMPLIED.get(name, {}).items() if k in space}
-    written = {k: v if isinstance(v, list) else [v] for k, v in own.items()}
-    return {**implied, **written}
+    return {k: v if isinstance(v, list) else [v] for k, v in own.items()}
 
 
 def drawing_order(space: Mapping[str, Any]) -> list[str]:
@@ -326,7 +366,7 @@ def suggest(trial: optuna.Trial, space: Mapping[str, Any]) -> dict[str, Any]:
         listed = choices(values)
         if listed is not None:
             trial.suggest_categorical(name, listed)
-        elif isinstance(values["low"], int) and isinstance(values["high"], int):
+        elif NUMBERS[name]:
             trial.suggest_int(name, values["low"], values["high"], log=values.get("log", False))
         else:
             trial.suggest_float(name, values["low"], values["high"], log=values.get("log", False))

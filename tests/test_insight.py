@@ -19,6 +19,7 @@ from optuna.samplers import RandomSampler
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
+from sweeps import importance as shares
 from sweeps import insight
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def test_planted_parameter_comes_first_in_all_trials(direction: str, column: str
             math.log10(x) - 1
         )
 
-    table = insight.importance_table(run(objective, 60, direction=direction))
+    table = shares.importance_table(run(objective, 60, direction=direction))
     assert first(table, "all", column) == "x"
     assert set(table["note"]) == {""}
 
@@ -146,7 +147,7 @@ def test_shares_add_to_one_and_trials_are_counted(
 ) -> None:
     sums = importance.groupby("branch")[["fanova", "ped_anova"]].sum()
     assert sums.to_numpy() == pytest.approx(1)
-    done = insight.complete(study)
+    done = shares.complete(study)
     counts = importance.groupby("branch")["trials"].first()
     assert counts["all"] == len(done) == 80
     assert counts["auxnet = True"] == sum(trial.params["auxnet"] for trial in done)
@@ -161,9 +162,9 @@ def test_a_log_parameter_is_judged_on_its_logarithm() -> None:
         return peak + 0.5 * trial.suggest_float("x", 0, 1)
 
     study = run(objective, 100)
-    table = insight.importance_table(study).set_index("parameter")
+    table = shares.importance_table(study).set_index("parameter")
     parts = np.array(
-        [[t.value - 0.5 * t.params["x"], 0.5 * t.params["x"]] for t in insight.complete(study)]
+        [[t.value - 0.5 * t.params["x"], 0.5 * t.params["x"]] for t in shares.complete(study)]
     )
     variance = parts.var(axis=0)
     assert table.loc["learning_rate", "fanova"] == pytest.approx(
@@ -184,7 +185,7 @@ def test_a_branch_may_hang_on_several_values_or_on_two_parameters() -> None:
             trial.suggest_float("odd", 0, 1)
         return float(trial.number)
 
-    found = insight.branches(insight.complete(run(objective, 30)))
+    found = shares.branches(shares.complete(run(objective, 30)))
     labels = {"all", "size = m or l", "frozen = False and size = m or l", "with odd"}
     assert {branch.label for branch in found} == labels
 
@@ -192,7 +193,7 @@ def test_a_branch_may_hang_on_several_values_or_on_two_parameters() -> None:
 def test_few_trials_are_not_judged(tmp_path: Path) -> None:
     study = run(draw_point, 5, directions=["maximize", "minimize"])
     page = insight.write(study, tmp_path, title="few", note="")[0].read_text()
-    table = insight.importance_table(study)
+    table = shares.importance_table(study)
     assert table[["fanova", "ped_anova"]].isna().all(axis=None)
     everywhere = table[table["branch"] == "all"]
     assert set(everywhere["note"]) == {"not enough trials (5) to judge"}
@@ -212,7 +213,7 @@ def test_few_trials_are_not_judged(tmp_path: Path) -> None:
 def test_what_cannot_be_judged_has_a_note(
     objective: Callable[[optuna.Trial], float], note: str
 ) -> None:
-    (row,) = insight.importance_table(run(objective, 12)).to_dict("records")
+    (row,) = shares.importance_table(run(objective, 12)).to_dict("records")
     assert note in row["note"]
     assert math.isnan(row["fanova"])
     assert math.isnan(row["ped_anova"])
@@ -223,10 +224,10 @@ def test_scores_that_tie_at_the_top_are_no_equal_shares() -> None:
         trial.suggest_float("y", 0, 1)
         return float(trial.suggest_float("x", 0, 1) > 0.02)
 
-    table = insight.importance_table(run(objective, 100))
+    table = shares.importance_table(run(objective, 100))
     assert first(table, "all", "fanova") == "x"
     study = run(lambda t: 1e-9 * objective(t), 100)
-    assert first(insight.importance_table(study), "all", "fanova") == "x"
+    assert first(shares.importance_table(study), "all", "fanova") == "x"
 
 
 # Tables
@@ -242,7 +243,7 @@ def test_pareto_of_score_and_cost_is_the_brute_force_one(
 
 
 def test_pareto_of_two_objectives_is_the_study_s_own(pair: optuna.Study) -> None:
-    table = insight.pareto_table(pair)
+    table = shares.pareto_table(pair)
     assert set(table["number"]) == {trial.number for trial in pair.best_trials}
     assert set(table["number"]) == by_force(pair, lambda trial: trial.values[1])
     assert list(table.columns[:3]) == ["number", "score", "cost"]
@@ -250,7 +251,7 @@ def test_pareto_of_two_objectives_is_the_study_s_own(pair: optuna.Study) -> None
 
 def test_pareto_without_costs_is_the_best_trial() -> None:
     study = run(lambda trial: trial.suggest_float("x", 0, 1), 10)
-    assert insight.pareto_table(study)["number"].tolist() == [study.best_trial.number]
+    assert shares.pareto_table(study)["number"].tolist() == [study.best_trial.number]
 
 
 def test_a_trial_that_told_no_cost_is_not_on_the_front() -> None:
@@ -259,7 +260,7 @@ def test_a_trial_that_told_no_cost_is_not_on_the_front() -> None:
             trial.set_user_attr("cost_seconds", 1.0)
         return -trial.suggest_float("x", trial.number, trial.number + 0.5)
 
-    assert insight.pareto_table(run(objective, 5))["number"].tolist() == [1]
+    assert shares.pareto_table(run(objective, 5))["number"].tolist() == [1]
 
 
 def test_trials_table_says_what_was_drawn(study: optuna.Study, written: Path) -> None:
@@ -367,11 +368,11 @@ def test_unfinished_and_infinite_trials_do_not_raise(tmp_path: Path) -> None:
 def test_many_trials_are_thinned_evenly_with_the_best() -> None:
     study = optuna.create_study(direction="maximize")
     study.add_trials([optuna.create_trial(value=float(value)) for value in range(1000)])
-    few = [trial.value for trial in insight.thinned(study).trials]
+    few = [trial.value for trial in shares.thinned(study).trials]
     assert max(few) == 999
-    assert len(few) == insight.DRAWN
+    assert len(few) == shares.DRAWN
     assert set(np.diff(sorted(few))) == {5}
-    assert insight.score_view(study).direction == StudyDirection.MAXIMIZE
+    assert shares.score_view(study).direction == StudyDirection.MAXIMIZE
 
 
 @pytest.mark.browser
