@@ -9,6 +9,7 @@ import json
 import math
 import time
 import warnings
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import optuna
+from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, CmaEsSampler, RandomSampler, TPESampler
 from optuna.storages import RDBStorage
@@ -95,13 +97,15 @@ class Board:
         self._trials: dict[int, optuna.Trial] = {}
         self._unfinished: list[FrozenTrial] = []
         self.outcomes |= {name_of(o): o for o in load_outcomes(self.out)}
+        for outcome in self.complete:  # the driver may have been killed between two notes
+            self._tell_pruner(outcome)
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            self._trials[trial.number] = optuna.Trial(self.study, trial._trial_id)
-            known = [o for o in self.searched if o["trial"] == trial.number]
-            if not known:
+            known = self.outcomes.get(Asked(number=trial.number, point={}).name)
+            if known is None:
                 self._unfinished.append(trial)
-            for outcome in known:  # the driver was killed between the two notes
-                self._tell(outcome)
+            else:
+                self._trials[trial.number] = optuna.Trial(self.study, trial._trial_id)
+                self._tell(known)
         self._begun = len(self.searched) + len(self._unfinished)
 
     @property
@@ -131,25 +135,31 @@ class Board:
         if len(self.running) >= self.concurrent:
             return WAIT
         asked = self._resumed() or self._drawn() or self._repeated()
-        if asked is None:
-            return WAIT if self.running else None
-        self.running[asked.name] = Running(asked=asked)
-        return asked
+        if asked is not None:
+            self.running[asked.name] = Running(asked=asked)
+            return asked
+        if self.running:
+            return WAIT
+        self.stopped_by = self._reached()
+        return None
 
     def _resumed(self) -> Asked | None:
         if not self._unfinished:
             return None
-        number = self._unfinished.pop(0).number
-        self.study.sampler = make_sampler(self.sweep, number)
-        return Asked(number=number, point=suggest(self._trials[number], self.sweep.space))
+        left = self._unfinished.pop(0)
+        self.study.sampler = TrialSampler(self.sweep, left.number)
+        return self._asked(optuna.Trial(self.study, left._trial_id))
 
     def _drawn(self) -> Asked | None:
-        if self._begun >= self.goal or not self._affordable():
+        if self._begun >= self.goal or self._too_much():
             return None
-        self.study.sampler = make_sampler(self.sweep, self._begun)
+        self.study.sampler = TrialSampler(self.sweep, self._begun)
         trial = self.study.ask()
-        self._trials[trial.number] = trial
         self._begun += 1
+        return self._asked(trial)
+
+    def _asked(self, trial: optuna.Trial) -> Asked:
+        self._trials[trial.number] = trial
         return Asked(number=trial.number, point=suggest(trial, self.sweep.space))
 
     def _repeated(self) -> Asked | None:
@@ -157,7 +167,7 @@ class Board:
         if any(trial.asked.seed == 0 for trial in self.running.values()):
             return None
         left = [asked for asked in self._repeats() if asked.name not in self.running]
-        return left[0] if left and self._affordable() else None
+        return left[0] if left and not self._too_much() else None
 
     def _repeats(self) -> list[Asked]:
         """The finalists' repeats that have not ended."""
@@ -168,19 +178,22 @@ class Board:
         ]
         return [asked for asked in all_of_them if asked.name not in self.outcomes]
 
-    def _affordable(self) -> bool:
-        """Whether one more trial is expected to stay within the budget, beside those that run."""
-        each, left = self.expected_trial_seconds(), len(self.running) + 1
-        hours = self.spent_hours() + each * left * self._per_hour
-        limit = self.budget.gpu_hours
+    def _too_much(self) -> str:
+        """Why one more trial is not expected to stay within the budget, beside those that run."""
+        each, limit = self.expected_trial_seconds(), self.budget.gpu_hours
+        hours = self.spent_hours() + each * (len(self.running) + 1) * self._per_hour
         if limit is not None and hours > limit:
-            self.stopped_by = f"the budget of {limit:g} GPU-hours leaves no room for another trial"
-        elif self.budget.deadline is not None:
-            seconds = each / self.sweep.workers_per_trial
-            if time.time() + seconds > self.budget.deadline.timestamp():
-                until = self.budget.deadline.isoformat(" ", "minutes")
-                self.stopped_by = f"no other trial would end before {until}"
-        return not self.stopped_by
+            return f"the budget of {limit:g} GPU-hours leaves no room for another trial"
+        deadline, seconds = self.budget.deadline, each / self.sweep.workers_per_trial
+        if deadline is not None and time.time() + seconds > deadline.timestamp():
+            return f"no other trial would end before {deadline.isoformat(' ', 'minutes')}"
+        return ""
+
+    def _reached(self) -> str:
+        """What ended the sweep, if it is not that all was trained."""
+        if not self.done:
+            return self._too_much()
+        return f"{self.goal} trials were asked for" if self.goal < self.sweep.count else ""
 
     @property
     def _per_hour(self) -> float:
@@ -218,7 +231,7 @@ class Board:
             "seed": asked.seed,
             "state": state,
             "config": asked.point,
-            "score": None if state == "FAILED" or math.isnan(note["score"]) else note["score"],
+            "score": None if state == "FAILED" else finite(note["score"]),
             "scores": note.get("scores", []),
             "sections": note.get("sections", {}),
             "cost_seconds": note.get("cost_seconds", 0.0),
@@ -228,9 +241,12 @@ class Board:
         write_outcome(self.out / "trials" / name, outcome)
         if not asked.seed:
             self._tell(outcome)
-            if state == "COMPLETE" and self._pruner is not None:
-                self._pruner.complete(asked.number, outcome["score"], outcome["sections"])
+            self._tell_pruner(outcome)
         return outcome
+
+    def _tell_pruner(self, outcome: Mapping[str, Any]) -> None:
+        if outcome["state"] == "COMPLETE" and self._pruner is not None:
+            self._pruner.complete(outcome["trial"], outcome["score"], outcome["sections"])
 
     def _tell(self, outcome: Mapping[str, Any]) -> None:
         """Tell Optuna; a trial that was stopped keeps what it reported, and has no value."""
@@ -259,15 +275,33 @@ def name_of(outcome: Mapping[str, Any]) -> str:
 
 def load_outcomes(out: Path) -> list[dict[str, Any]]:
     """How each ended trial of a sweep came out, by its folder's name."""
-    return [json.loads(f.read_text()) for f in sorted((out / "trials").glob("*/outcome.json"))]
+    return [read_outcome(file) for file in sorted((out / "trials").glob("*/outcome.json"))]
+
+
+def read_outcome(file: Path) -> dict[str, Any]:
+    """How a trial ended; a fold's or a section's score that is null on disk is NaN."""
+    outcome: dict[str, Any] = json.loads(file.read_text())
+    sections = outcome.get("sections", {}).items()
+    return {
+        **outcome,
+        "scores": [math.nan if score is None else score for score in outcome["scores"]],
+        "sections": {name: math.nan if pcc is None else pcc for name, pcc in sections},
+    }
 
 
 def write_outcome(folder: Path, outcome: Mapping[str, Any]) -> None:
     """Note how a trial ended, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
+    scores = [finite(score) for score in outcome["scores"]]
+    sections = {name: finite(pcc) for name, pcc in outcome["sections"].items()}
     scratch = folder / "outcome.tmp"
-    scratch.write_text(json.dumps(outcome, indent=1))
+    scratch.write_text(json.dumps({**outcome, "scores": scores, "sections": sections}, indent=1))
     scratch.rename(folder / "outcome.json")
+
+
+def finite(value: float) -> float | None:
+    """The value as JSON can say it: what is no finite number is null."""
+    return value if math.isfinite(value) else None
 
 
 def open_study(
@@ -301,9 +335,49 @@ def open_study(
     return study
 
 
-def make_sampler(sweep: Sweep, number: int) -> BaseSampler:
-    """The sampler of one trial, seeded by its number: a resumed sweep draws what it would have."""
-    seed = int(np.random.SeedSequence([sweep.seed, number]).generate_state(1)[0])
+class TrialSampler(BaseSampler):
+    """The sampler of one trial: a resumed sweep draws what it would have.
+
+    What is drawn together has the trial's seed, and what is drawn alone one of its own: a driver
+    that was killed between two settings of a trial leaves the next the same numbers.
+    """
+
+    def __init__(self, sweep: Sweep, number: int) -> None:
+        self._sweep, self._number = sweep, number
+        self._together = make_sampler(sweep, number)
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """What is drawn together."""
+        found: dict[str, BaseDistribution] = self._together.infer_relative_search_space(
+            study, trial
+        )
+        return found
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Draw it."""
+        drawn: dict[str, Any] = self._together.sample_relative(study, trial, search_space)
+        return drawn
+
+    def sample_independent(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """Draw one setting alone."""
+        alone = make_sampler(self._sweep, self._number, param_name)
+        return alone.sample_independent(study, trial, param_name, param_distribution)
+
+
+def make_sampler(sweep: Sweep, number: int, name: str = "") -> BaseSampler:
+    """The search's sampler, seeded by the number of a trial and the name of a setting."""
+    entropy = [sweep.seed, number, zlib.crc32(name.encode())]
+    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     if sweep.search == "tpe":
         return TPESampler(
             n_startup_trials=min(10, max(2, sweep.count // 3)),  # Optuna's 10 may be all

@@ -10,6 +10,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from sweeps import tracking
+from sweeps.board import read_outcome
 from sweeps.choice import Choice, Outcome, by_hand, count_states, known
 from sweeps.gather import FOLDER, NOTE, TOLD, gather, write_whole
 from sweeps.space import Sweep
@@ -26,10 +27,8 @@ def read_outcomes(folder: Path) -> list[Outcome]:
     is that of seed 0.
     """
     files = sorted((folder / "trials").glob("*/outcome.json"))
-    before = {"seed": 0, "sections": {}}  # what outcomes of 0.3 do not say yet
-    outcomes = [
-        {**before, **json.loads(file.read_text()), "folder": str(file.parent)} for file in files
-    ]
+    # Outcomes of 0.3 do not say the seed yet.
+    outcomes = [{"seed": 0, **read_outcome(file), "folder": str(file.parent)} for file in files]
 
     def place(outcome: Outcome) -> tuple[int, int, float]:
         score = outcome["score"] if known(outcome["score"]) else -1.0
