@@ -65,22 +65,24 @@ class Arm:
 ARMS = (
     Arm(name="no pruning"),
     Arm(name="fold ends, 1 in 2 from 1", grace_folds=1, reduction_factor=2),
-    Arm(name="fold ends, 1 in 3 from 1", grace_folds=1, reduction_factor=3),
+    Arm(name="fold ends, 1 in 3 from 1", grace_folds=1),
     Arm(name="rungs, 1 in 2 from .25", grace_folds=0.25, reduction_factor=2),
-    Arm(name="rungs, 1 in 3 from .25", grace_folds=0.25, reduction_factor=3),
+    Arm(name="rungs, 1 in 3 from .25", grace_folds=0.25),
     Arm(name="rungs, 1 in 4 from .25", grace_folds=0.25, reduction_factor=4),
     Arm(name="rungs, 1 in 2 from .5", grace_folds=0.5, reduction_factor=2),
-    Arm(name="rungs, 1 in 3 from .5", grace_folds=0.5, reduction_factor=3),
+    Arm(name="rungs, 1 in 3 from .5", grace_folds=0.5),
     Arm(name="rungs, 1 in 4 from .5", grace_folds=0.5, reduction_factor=4),
     Arm(name="paired .1", paired_p=0.1),
     Arm(name="paired .3", paired_p=0.3),
-    Arm(name="1 in 3 from .25, paired .05", grace_folds=0.25, paired_p=0.05),
     Arm(name="1 in 3 from .25, paired .1", grace_folds=0.25, paired_p=0.1),
-    Arm(name="1 in 3 from .25, paired .3", grace_folds=0.25, paired_p=0.3),
     Arm(name="1 in 2 from .5, paired .1", grace_folds=0.5, reduction_factor=2, paired_p=0.1),
+    Arm(name="1 in 3 from .5, paired .05", grace_folds=0.5, paired_p=0.05),
     Arm(name="1 in 3 from .5, paired .1", grace_folds=0.5, paired_p=0.1),
+    Arm(name="1 in 3 from .5, paired .3", grace_folds=0.5, paired_p=0.3),
     Arm(name="per fold, 1 in 3 from .25", grace_folds=0.25, per_fold=True),
+    Arm(name="per fold, 1 in 3 from .5", grace_folds=0.5, per_fold=True),
 )
+"""A factor of 3 where nothing else is said."""
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ def _train_options(parser: Parser) -> None:
     parser.add_argument("store", type=Path)
     _preset_option(parser)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML: protocol and training")
-    parser.add_argument("--fold", type=int, default=0)
+    parser.add_argument("--fold", type=int, default=0, help="-1: all, and nobody validates")
     parser.add_argument("--out", type=Path, default=Path("runs/train"), help="folder to write to")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_class_arguments(Protocol, "protocol")
@@ -156,7 +156,8 @@ def _train(args: Namespace) -> None:
     distributed.leave()
     if leads:
         _say(f"{settings.protocol.line()}")
-        _say(f"score {result.score:.4f} on the validation sections (epoch {result.epoch})")
+        if args.fold >= 0:
+            _say(f"score {result.score:.4f} on the validation sections (epoch {result.epoch})")
         _say(f"checkpoint {result.folder}")
 
 

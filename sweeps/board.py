@@ -5,12 +5,14 @@ needed to go on: the state that Tune keeps of an experiment is not read. So a sw
 at any moment goes on with the same trials, and a thousand of them are taken up in seconds.
 """
 
+import fcntl
 import json
 import math
 import time
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -271,6 +273,21 @@ def state_of(note: Mapping[str, Any], folds: int, error: str = "") -> str:
 def name_of(outcome: Mapping[str, Any]) -> str:
     """The name of a trial's folder."""
     return Asked(number=outcome["trial"], point={}, seed=outcome["seed"]).name
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a sweep's folder for this process.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{folder}: another process is running this sweep") from error
+        yield
 
 
 def load_outcomes(out: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from sweeps import tracking
-from sweeps.board import read_outcome
+from sweeps.board import alone, read_outcome
 from sweeps.choice import Choice, Outcome, by_hand, count_states, known
 from sweeps.gather import FOLDER, NOTE, TOLD, gather, write_whole
 from sweeps.space import Sweep
@@ -205,7 +205,15 @@ def promote(client: MlflowClient, out: Path, run: str) -> str:
     outcomes = read_outcomes(folder)
     if not outcomes:
         raise ValueError(f"{folder}: no trial has ended here; --out must be the sweeps' folder")
-    return crown(client, folder, by_hand(outcomes, trial))
+    with alone(folder):
+        return crown(client, folder, by_hand(outcomes, trial))
+
+
+def promoted(folder: Path) -> int | None:
+    """The trial that somebody made this sweep's champion by hand, or None."""
+    note = folder / NOTE
+    facts = json.loads(note.read_text()) if note.is_file() else {}
+    return int(facts["trial"]) if facts.get("rule") == "hand" else None
 
 
 def find_trial(client: MlflowClient, run: str) -> tuple[str, int]:

@@ -30,6 +30,9 @@ MATERIAL = 0.8
 FEWEST_SECTIONS = 3
 """With fewer shared sections folds are compared."""
 
+DECIDABLE = 5
+"""With fewer pairs no paired test can give a p below WORSE (2 ** -4 is .06): the best is taken."""
+
 Outcome = dict[str, Any]
 """What a trial's outcome.json says, and `folder`, where it lies."""
 
@@ -78,8 +81,8 @@ class Comparison:
 
     @property
     def as_good(self) -> bool:
-        """Whether it is within one standard error, and no test calls it worse."""
-        return self.difference <= self.error and self.p >= WORSE
+        """Whether it is within one standard error, and a test that could does not call it worse."""
+        return self.n >= DECIDABLE and self.difference <= self.error and self.p >= WORSE
 
     def __str__(self) -> str:
         return (
@@ -120,7 +123,11 @@ def choose(outcomes: Sequence[Outcome], rule: str = "one_se") -> Choice:
     others = [c for c in candidates[1:] if compared[c.trial].as_good]
     chosen = cheapest(best, others) if rule == "one_se" else best
     if chosen is best:
-        reason = _why_best(best, others, len(candidates), rule)
+        pairs = compared[best.trial].n
+        reason = _why_best(best, others, len(candidates), "best" if pairs < DECIDABLE else rule)
+        if rule != "best" and pairs < DECIDABLE and len(candidates) > 1:
+            over = compared[best.trial].over
+            reason += f"; over {pairs} {over} no test could tell a cheaper one from a worse one"
     else:
         reason = _why_cheaper(chosen, best, compared[chosen.trial])
     return Choice(
@@ -249,7 +256,7 @@ def _why_best(best: Candidate, others: Sequence[Candidate], count: int, rule: st
         return f"{head}, as the only configuration that was compared"
     head += f" of {count} configurations"
     if rule == "best":
-        return f"{head}, whatever it costs (rule: best)"
+        return f"{head}, whatever it costs"
     if not others:
         return f"{head}; no other is within one standard error of it"
     are = "other is" if len(others) == 1 else "others are"

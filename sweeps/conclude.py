@@ -12,8 +12,8 @@ from brstnet.launch import pick_device
 from brstnet.training.keep import finished
 from sweeps import insight, tracking
 from sweeps.board import Board
-from sweeps.champion import crown, read_outcomes
-from sweeps.choice import Candidate, Choice, choose
+from sweeps.champion import crown, promoted, read_outcomes
+from sweeps.choice import Candidate, Choice, by_hand, choose
 from sweeps.cluster import gpus_per_worker, start_ray
 from sweeps.refit import refit, refit_folder, refit_settings
 
@@ -30,6 +30,8 @@ def conclude(
     """
     sweep, out = board.sweep, board.out
     choice = choose(read_outcomes(out), sweep.champion_rule)
+    if (trial := promoted(out)) is not None:
+        choice = by_hand(read_outcomes(out), trial)  # --promote of another trial changes it
     say(f"chosen: {choice.reason}")
     store = stores[choice.chosen.outcomes[0]["config"].get("store", "")]
     if sweep.refit:

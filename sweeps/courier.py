@@ -16,7 +16,7 @@ import threading
 import time
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from fcntl import LOCK_EX, flock
 from itertools import groupby
@@ -34,7 +34,7 @@ from mlflow.protos.databricks_pb2 import (
 )
 
 from sweeps import tracking
-from sweeps.events import FILE, read
+from sweeps.events import FILE, mend, read
 
 LOOK_SECONDS = 0.5
 """How often the folders are looked through for new events."""
@@ -48,10 +48,11 @@ REFUSED = {
 }
 """What a server says that another try would hear again."""
 
-BATCH = {"metrics": 1000, "params": 100, "tags": 100}
-"""Most that MLflow takes in one request."""
+BATCH = {"metrics": 800, "params": 100, "tags": 100}
+"""Most that MLflow takes in one request: 1000 of all together."""
 
 STATUS = "courier.json"
+REFUSALS = "refused.jsonl"
 
 
 @dataclass(kw_only=True)
@@ -90,10 +91,17 @@ class Courier:
         self.driver = Folder.open(out)
         self.trials: dict[str, Folder] = {}
         self.sweep_id = (out / tracking.ID_FILE).read_text()
-        self.refused = len(read(out / "refused.jsonl")[0])
+        mend(out / REFUSALS)
+        self._refused = {_without_reason(event) for event in read(out / REFUSALS)[0]}
+        self._refusing = threading.Lock()
         self._pool = ThreadPoolExecutor(threads)
 
-    def round(self, until: int | None = None) -> int:
+    @property
+    def refused(self) -> int:
+        """Events that the server will never take."""
+        return len(self._refused)
+
+    def round(self) -> int:
         """Deliver what there is: each trial's events, then the driver's up to those seen before.
 
         The driver says of a trial that it has ended after the trial has said its last. Returns the
@@ -104,36 +112,45 @@ class Courier:
         """
         end = self.driver.offset + self.driver.pending_bytes
         if "sweep" not in self.driver.runs:
-            self.deliver(self.driver, end)  # the run that all others lie below
+            for event in read(self.out / FILE, 0, end)[0][:1]:
+                self._start(event)  # the run that all others lie below
         for path in (self.out / "trials").glob("*/"):
             if path.name not in self.trials:
                 self.trials[path.name] = Folder.open(path)
         waiting = [f for f in self.trials.values() if not f.closed and f.pending_bytes > 0]
-        counts = list(self._pool.map(self.deliver, waiting))
-        return sum(counts) + self.deliver(self.driver, end)
+        delivering = [self._pool.submit(self.deliver, folder) for folder in waiting]
+        wait(delivering)  # where one fails too: no folder is ever in two hands
+        return sum(d.result() for d in delivering) + self.deliver(self.driver, end)
 
     def deliver(self, folder: Folder, end: int | None = None) -> int:
         """Deliver a folder's events up to a byte."""
-        events, offset = read(folder.path / FILE, folder.offset)
-        if end is not None and offset > end:
-            events, offset = _up_to(folder.path / FILE, folder.offset, end)
+        events, offset = read(folder.path / FILE, folder.offset, end)
         for part in _parts(events):
-            try:
-                self._send(folder, part)
-            except MlflowException as error:
-                if error.error_code not in REFUSED:
-                    raise
-                self._refuse(part, error)
+            self._send_or_refuse(folder, part)
         if events:
             folder.delivered(offset)
         return len(events)
 
-    def _refuse(self, events: Sequence[dict[str, Any]], error: MlflowException) -> None:
+    def _send_or_refuse(self, folder: Folder, part: Sequence[dict[str, Any]]) -> None:
+        try:
+            self._send(folder, part)
+        except MlflowException as error:
+            if error.error_code not in REFUSED:
+                raise
+            if len(part) == 1:
+                self._refuse(part[0], error)
+            else:  # together they are only faster
+                for event in part:
+                    self._send_or_refuse(folder, [event])
+
+    def _refuse(self, event: dict[str, Any], error: MlflowException) -> None:
         """Keep what the server will never take, with the reason: it must not hold up the rest."""
-        with (self.out / "refused.jsonl").open("a") as file:
-            for event in events:
+        with self._refusing:
+            if _without_reason(event) in self._refused:
+                return
+            with (self.out / REFUSALS).open("a") as file:
                 file.write(json.dumps({**event, "refused": str(error)}) + "\n")
-        self.refused += len(events)
+            self._refused.add(_without_reason(event))
 
     def _send(self, folder: Folder, events: Sequence[dict[str, Any]]) -> None:
         event = events[0]
@@ -235,12 +252,8 @@ class Courier:
         return sum(len(read(f.path / FILE, f.offset)[0]) for f in folders if f.pending_bytes > 0)
 
 
-def _up_to(file: Path, offset: int, end: int) -> tuple[list[dict[str, Any]], int]:
-    with file.open("rb") as lines:
-        lines.seek(offset)
-        text = lines.read(end - offset)
-    whole = text[: text.rfind(b"\n") + 1]
-    return [json.loads(line) for line in whole.splitlines()], offset + len(whole)
+def _without_reason(event: dict[str, Any]) -> str:
+    return json.dumps({key: value for key, value in event.items() if key != "refused"})
 
 
 def _parts(events: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

@@ -14,6 +14,9 @@ from typing import Any
 
 FILE = "events.jsonl"
 
+ENDED = ("FINISHED", "FAILED")
+"""What a run stays, unless it goes on."""
+
 
 class Events:
     """Appends to the events of one folder. What was told before a restart is not told again.
@@ -26,7 +29,9 @@ class Events:
         folder.mkdir(parents=True, exist_ok=True)
         self.file = folder / FILE
         mend(self.file)
-        self._told = {_identity(event) for event in read(self.file)[0]}
+        events = read(self.file)[0]
+        self._told = {_identity(event) for event in events}
+        self._status = {e["run"]: e["status"] for e in events if e["do"] == "status"}
 
     def start(
         self, key: str, name: str, kind: str, tags: Mapping[str, str], parent: str = ""
@@ -59,11 +64,14 @@ class Events:
 
     def status(self, key: str, status: str) -> None:
         """A run is RUNNING again, FINISHED, FAILED or KILLED."""
+        if status in ENDED and self._status.get(key) == status:
+            return
+        self._status[key] = status
         self._tell("status", key, status=status)
 
     def _tell(self, do: str, key: str, **what: Any) -> None:
         event = {"do": do, "run": key, **what, "time": time.time_ns() // 1_000_000}
-        if (identity := _identity(event)) in self._told and do != "status":
+        if (identity := _identity(event)) in self._told and do not in ("status", "files"):
             return
         self._told.add(identity)
         with self.file.open("a") as file:
@@ -74,17 +82,18 @@ def _identity(event: Mapping[str, Any]) -> tuple[Any, ...]:
     if event["do"] == "start":
         return ("start", event["run"])
     said = [sorted(event.get(part, {}).items()) for part in ("params", "tags")]
-    names = sorted(event.get("metrics", ()))
-    return (event["do"], event["run"], event.get("step"), event.get("path"), repr((names, said)))
+    said.append(sorted(event.get("metrics", ())))
+    where = [event.get(part) for part in ("step", "path")]
+    return (event["do"], event["run"], repr((where, said)))
 
 
-def read(file: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """The events of a file from a byte on, and the byte after the last whole line."""
+def read(file: Path, offset: int = 0, end: int | None = None) -> tuple[list[dict[str, Any]], int]:
+    """The events of a file from a byte on, up to another; the byte after the last whole line."""
     if not file.is_file():
         return [], offset
     with file.open("rb") as lines:
         lines.seek(offset)
-        text = lines.read()
+        text = lines.read(-1 if end is None else max(0, end - offset))
     whole = text[: text.rfind(b"\n") + 1]
     return list(_parsed(whole)), offset + len(whole)
 
@@ -100,8 +109,9 @@ def last(file: Path, do: str = "log", tail_bytes: int = 8192) -> dict[str, Any]:
     if not file.is_file():
         return {}
     with file.open("rb") as lines:
-        lines.seek(max(0, file.stat().st_size - tail_bytes))
-        found = lines.read().split(b"\n")[1:-1]  # the first may be a part, the last is
+        before = max(0, file.stat().st_size - tail_bytes)
+        lines.seek(before)
+        found = lines.read().split(b"\n")[1 if before else 0 : -1]  # the ends may be parts
     events = (json.loads(line) for line in reversed(found))
     return next((event for event in events if event["do"] == do), {})
 

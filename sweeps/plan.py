@@ -1,7 +1,7 @@
 """What a sweep will do, said before it is done, and refused where it cannot be."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -12,6 +12,7 @@ from brstnet.training.leaks import leak_gate
 from sweeps.board import Budget
 from sweeps.probe import Speed
 from sweeps.pruning import expected_share, pruner_of
+from sweeps.refit import check_refit
 from sweeps.space import Sweep, choices, condition, first_points
 
 SHOWN = 30
@@ -37,13 +38,13 @@ def describe(sweep: Sweep, store: Store | None) -> str:
         where = " and ".join(f"{k} is {' or '.join(map(str, v))}" for k, v in wanted.items())
         branch = f" (where {where})" if where else ""
         lines.append(f"  {name}: {_describe_range(values)}{branch}")
-    points = first_points(sweep)
-    for number, point in enumerate(points[: min(sweep.count, SHOWN)]):
+    points = first_points(sweep)[: sweep.count]
+    for number, point in enumerate(points[:SHOWN]):
         text = ", ".join(f"{name}={value}" for name, value in point.items()) or "the defaults"
         paper = " (the paper's values of what is searched)" if number == 0 else ""
         lines.append(f"  trial {number:>3}: {text}{paper}")
     if len(points) > SHOWN:
-        lines.append(f"  and {min(sweep.count, len(points)) - SHOWN} more points")
+        lines.append(f"  and {len(points) - SHOWN} more points")
     if sweep.count > len(points):
         lines.append(f"  trials {len(points)} to {sweep.count - 1}: drawn by {sweep.search}")
     return "\n".join(lines)
@@ -89,6 +90,9 @@ def check_folds(sweep: Sweep, stores: Mapping[str, Store]) -> None:
         ValueError: a fold is empty, has too few genes, or leaks; or the stores would not be scored
             alike.
     """
+    if sweep.refit:
+        for schedule in choices(sweep.space.get("schedule", [sweep.training.schedule])) or []:
+            check_refit(replace(sweep.training, schedule=schedule), "refit: true: the champion")
     genes = sweep.space.get("genes", [sweep.training.genes])
     most = max(choices(genes) or [genes["high"]])
     settings = sweep.settings({"genes": most})
@@ -168,16 +172,16 @@ def estimate(sweep: Sweep, speeds: Sequence[Speed], slots: int, gpus_per_worker:
     pruned = sweep.pruning != "none"
     rungs = len(pruner_of(sweep).rungs) if pruned else 0
     complete = max(1.0, sweep.count / sweep.reduction_factor**rungs)
-    kept = folds * (complete + sweep.finalists * (sweep.seeds - 1))
+    repeats = min(sweep.finalists, sweep.count) * (sweep.seeds - 1)
     return Estimate(
         trials=sweep.count,
-        repeats=min(sweep.finalists, sweep.count) * (sweep.seeds - 1),
+        repeats=repeats,
         share=expected_share(folds, sweep.grace_folds, sweep.reduction_factor) if pruned else 1.0,
         trial_seconds=sum(seconds) / len(seconds) * workers,
         slots=slots,
         workers=workers,
         gpus_per_worker=gpus_per_worker,
-        disk_gb=model_gb * (kept + 6 * slots),
+        disk_gb=model_gb * (folds * (complete + repeats) + 6 * slots),
     )
 
 
@@ -227,7 +231,7 @@ def check_budget(expected: Estimate, budget: Budget, free_gb: float, now: dateti
         )
     if budget.deadline is not None:
         first = now + timedelta(seconds=expected.trial_seconds / expected.workers)
-        if first > budget.deadline:
+        if first.timestamp() > budget.deadline.timestamp():  # one may have no time zone
             raise ValueError(
                 f"--deadline {budget.deadline:%Y-%m-%d %H:%M} is before one whole trial is "
                 f"expected to end ({first:%Y-%m-%d %H:%M}): put it off, or lower training.epochs"

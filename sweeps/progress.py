@@ -29,7 +29,8 @@ class SweepProgress(Callback):
     def __init__(self, board: Board, events: Events) -> None:
         self.board, self.events = board, events
         self.view = View(board)
-        self._stopped: list[Path] = []
+        pruned = [name for name, o in board.outcomes.items() if o["state"] == "PRUNED"]
+        self._stopped = [board.out / "trials" / name for name in pruned]
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles it, and never loads it here
@@ -79,6 +80,12 @@ def drop_if_free(folder: Path) -> bool:
             return False
         drop_models(folder)
         return True
+
+
+def tell_ends(events: Events, board: Board) -> None:
+    """Tell how trials ended of which a driver that was killed has only kept the outcome."""
+    for name, outcome in board.outcomes.items():
+        tell_end(events, board, name, outcome)
 
 
 def tell_end(events: Events, board: Board, name: str, outcome: dict[str, Any]) -> None:
@@ -202,7 +209,8 @@ def tracking_line(out: Path) -> str:
 def row(board: Board, name: str, trial: Running, now: float) -> list[str]:
     """One running trial."""
     event = last(board.out / "trials" / name / FILE)
-    folds, epochs = board.sweep.protocol.folds, board.sweep.training.epochs
+    folds = board.sweep.protocol.folds
+    epochs = trial.asked.point.get("epochs", board.sweep.training.epochs)
     _, _, run = event.get("run", "").rpartition("/")
     fold = int(run.removeprefix("fold_")) if run.startswith("fold_") else None
     epoch = event.get("step", 0) + 1 if fold is not None else 0

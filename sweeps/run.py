@@ -4,7 +4,6 @@ The same command again resumes a sweep that was stopped, by whatever. `--promote
 the champion by hand.
 """
 
-import fcntl
 import os
 import shutil
 import signal
@@ -38,14 +37,14 @@ from brstnet.config import (
 )
 from brstnet.data.store import Store
 from sweeps import tracking
-from sweeps.board import Board, Budget, open_study
+from sweeps.board import Board, Budget, alone, open_study
 from sweeps.champion import describe_leaderboard, promote, read_outcomes
 from sweeps.cluster import HEAD, gpus_per_worker, slots, start_ray
 from sweeps.conclude import conclude
 from sweeps.events import Events
 from sweeps.plan import check_budget, check_folds, describe, describe_estimate, estimate
 from sweeps.probe import kinds, probe
-from sweeps.progress import SweepProgress, close_runs
+from sweeps.progress import SweepProgress, close_runs, tell_ends
 from sweeps.record import describe_store
 from sweeps.search import BoardScheduler, BoardSearch
 from sweeps.space import Sweep
@@ -135,10 +134,11 @@ def sweep(plan: Sweep, options: Namespace) -> int:
         with courier(folder, uri, experiment_id):
             events = Events(folder)
             tell_begin(events, plan, stores[""], to_yaml(plan))
+            tell_ends(events, board)
             tracking.share_view(client, experiment_id, plan.name, list(plan.space))
             if not board.done:
                 launch(board, events, paths, options)
-            stopped = not board.done and not board.stopped_by
+            stopped = bool(board.running) or (not board.done and not board.stopped_by)
             if stopped:
                 tell_stop(events, board)
         print(describe_leaderboard(read_outcomes(folder), plan))  # noqa: T201
@@ -327,11 +327,7 @@ def claimed_folder(plan: Sweep, store: Store, out: Path) -> Iterator[Path]:
     """
     folder = (out / plan.name).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"{folder}: another process is running this sweep") from error
+    with alone(folder):
         check_same_sweep(plan, store, folder)
         yield folder
 

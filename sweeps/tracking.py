@@ -5,6 +5,7 @@ process's environment. A sweep's runs are written by `sweeps/courier.py` alone, 
 ids in the trials' folders, so that a resumed trial goes on in the runs it had.
 """
 
+import ast
 import json
 import logging
 import os
@@ -13,7 +14,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.entities.model_registry import ModelVersion
@@ -180,7 +180,15 @@ def champion_settings(client: MlflowClient) -> dict[str, Any] | None:
     except MlflowException:
         return None
     params = client.get_run(str(version.run_id)).data.params
-    return {name: yaml.safe_load(value) for name, value in params.items()}
+    return {name: _value_of(text) for name, text in params.items()}
+
+
+def _value_of(text: str) -> Any:
+    """What a parameter was before it became text; a word stays one."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def as_json(value: object) -> str:

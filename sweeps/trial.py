@@ -123,7 +123,7 @@ def train_folds(asked: Asked, job: Job, report: Report) -> None:
                 if distributed.world().size > 1:
                     raise  # the others wait in a collective: the whole group must end
                 torch.cuda.empty_cache()  # the actor goes on with other trials
-            reason = str(error)
+            reason = str(error) or type(error).__name__
         except Exception as error:
             note_error(folder, error)
             raise
@@ -160,12 +160,15 @@ def _watch(
     report: Report,
 ) -> Callable[[Mapping[str, float]], None]:
     """What is done after each epoch: tell of it, and at a rung inside the fold ask to go on."""
-    before, seen = float(fold), -np.inf
+    before, seen = float(fold), np.nan
     early = settings.training.stopping == "early"
+    saved = state.folder / f"fold_{fold}" / "last"
+    if early and (saved / "progress.json").is_file():
+        seen = np.fmax.reduce([note["score"] for note in read_progress(saved).history])
 
     def on_epoch(note: Mapping[str, float]) -> None:
         nonlocal before, seen
-        seen = max(seen, note["score"]) if early else note["score"]
+        seen = np.fmax(seen, note["score"]) if early else note["score"]
         done = fold + (note["epoch"] + 1) / settings.training.epochs
         state.spend()
         if record is not None:
@@ -235,9 +238,7 @@ class Standing:
         """Seconds that the trial's slot has been taken so far, kept on disk."""
         seconds: float = self._before + time.monotonic() - self._began
         if distributed.world().leads:
-            scratch = self._file.with_suffix(".tmp")
-            scratch.write_text(json.dumps(seconds))
-            scratch.rename(self._file)
+            keep(self._file, seconds)
         return seconds * self.workers
 
     def finish(self, result: FitResult) -> None:
@@ -304,7 +305,7 @@ def begin_attempt(folder: Path, session: str) -> str:
     place = [session, [list(_saved(out)) for out in sorted(folder.glob("fold_*"))]]
     count = before["count"] + 1 if before.get("place") == place else 1
     error = before.get("error", "") if count > 1 else ""
-    file.write_text(json.dumps({"place": place, "count": count, "error": error}))
+    keep(file, {"place": place, "count": count, "error": error})
     if count <= ATTEMPTS:
         return ""
     died = error or "its process was killed, as happens when memory runs out"
@@ -316,7 +317,14 @@ def note_error(folder: Path, error: Exception) -> None:
     file = folder / "attempts.json"
     if distributed.world().leads and file.is_file():
         text = f"{type(error).__name__}: {error}"[-2000:]
-        file.write_text(json.dumps({**json.loads(file.read_text()), "error": text}))
+        keep(file, {**json.loads(file.read_text()), "error": text})
+
+
+def keep(file: Path, value: object) -> None:
+    """Write a value as JSON, whole or not at all."""
+    scratch = file.with_suffix(".tmp")
+    scratch.write_text(json.dumps(value))
+    scratch.rename(file)
 
 
 def _saved(out: Path) -> tuple[str, int, int]:

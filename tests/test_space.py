@@ -1,22 +1,32 @@
-"""The sweep's settings and space, the plan, and what Optuna is told: without a cluster."""
+"""A sweep's settings and space: what is refused, what is drawn where, which points come first."""
 
-import json
+import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import optuna
 import pytest
-from optuna.trial import TrialState
 
-from brstnet.config import Protocol, Training
-from brstnet.data.store import Store
+from brstnet.config import Protocol, Training, plain, preset
 from sweeps import run
-from sweeps.plan import check_folds, describe, slots
-from sweeps.search import make_scheduler, make_search, state_of
-from sweeps.space import NUMBER, Sweep, first_points, suggest
+from sweeps.space import (
+    NUMBERS,
+    Asked,
+    Sweep,
+    choices,
+    drawing_order,
+    first_points,
+    suggest,
+    within,
+)
 
 SWEEPS = Path(__file__).parents[1] / "sweeps"
+RATE = {"low": 1e-4, "high": 0.1, "log": True}
+OPTIMIZERS = {
+    "weight_decay": {"low": 1e-6, "high": 0.1, "log": True, "when": {"optimizer": "adamw"}},
+    "momentum": [0.0, 0.9],
+    "optimizer": ["sgd", "adamw"],
+}
 
 
 def read_sweep(path: Path) -> Sweep:
@@ -27,17 +37,31 @@ def sweep(**changes: Any) -> Sweep:
     values: dict[str, Any] = {
         "name": "s",
         "trials": 4,
-        "space": {"learning_rate": {"low": 1e-4, "high": 0.1, "log": True}, "genes": [250, 300]},
+        "space": {"learning_rate": RATE, "genes": [250, 300]},
     }
     return Sweep(**{**values, **changes})
 
 
+def draws(space: dict[str, Any], count: int, seed: int = 0) -> list[dict[str, Any]]:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+    return [suggest(study.ask(), space) for _ in range(count)]
+
+
+# --- the sweeps that are shipped
+
+
 @pytest.mark.parametrize("path", sorted(SWEEPS.glob("*.yaml")), ids=lambda p: p.stem)
-def test_shipped_sweeps_are_valid_and_begin_with_the_papers_setting(path: Path) -> None:
+def test_shipped_sweeps_begin_with_the_papers_setting_and_draw_what_can_be_trained(
+    path: Path,
+) -> None:
     plan = read_sweep(path)
     first = first_points(plan)[0]
-    assert set(first) == set(plan.space)
-    assert all(first[name] == getattr(Training(), name) for name in plan.space)
+    assert first == within(dataclasses.asdict(Training()), plan.space)
+    assert set(first) >= {n for n in plan.space if n in ("backbone", "learning_rate")}
+    for point in draws(plan.space, 20):
+        assert set(point) <= set(plan.space)
+        trained = plain(plan.settings(point).training)
+        assert {n: v for n, v in point.items() if n != "store"}.items() <= trained.items()
 
 
 def test_paper_grid_is_twenty_configurations_on_five_folds(capsys: pytest.CaptureFixture) -> None:
@@ -48,31 +72,6 @@ def test_paper_grid_is_twenty_configurations_on_five_folds(capsys: pytest.Captur
     points = first_points(read_sweep(SWEEPS / "paper.yaml"))
     assert len(points) == len({tuple(p.items()) for p in points}) == 20
     assert len({p["backbone"] for p in points}) == 10
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"space": {"lerning_rate": [1]}}, "valid names: .*learning_rate"),
-        ({"space": {"target": ["log_counts"]}}, "protocol: the same for all trials"),
-        ({"space": {"genes": []}}, "list of choices"),
-        ({"space": {"learning_rate": {"low": 1, "high": 0.1}}}, "low must be below high"),
-        ({"space": {"learning_rate": {"low": -1, "high": 0.1}}}, "learning_rate must be above 0"),
-        ({"space": {"backbone": ["efficientnet_b9"]}}, "efficientnet_b0"),
-        ({"space": {"auxnet": [True, False], "genes": [100]}}, "without AuxNet"),
-        ({"points": [{"epochs": 3}]}, "not in the space"),
-        ({"trials": None}, "trials must be given"),
-        ({"search": "grid"}, "a grid needs a list"),
-        ({"name": "a/b"}, "usable as a folder"),
-        ({"space": {"stopping": ["early", "fixed"]}}, "best epoch"),
-        ({"space": {"seed": [0, 1]}}, "luckiest seed"),
-        ({"grace_folds": 6}, "must not exceed protocol.folds"),
-        ({"reduction_factor": 1}, "reduction_factor must be at least 2"),
-    ],
-)
-def test_what_cannot_be_searched_is_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        sweep(**changes)
 
 
 def test_settings_are_overridden_by_their_own_name() -> None:
@@ -92,76 +91,253 @@ def test_misspelt_setting_of_a_sweep_names_the_valid_ones(
     assert "did you mean trials?" in capsys.readouterr().err
 
 
-def test_suggest_draws_inside_the_space_and_skips_auxnets_weight_without_it() -> None:
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"space": {"lerning_rate": [1]}}, "valid names: .*learning_rate"),
+        ({"space": {"target": ["log_counts"]}}, "protocol: the same for all trials"),
+        ({"space": {"stopping": ["early", "fixed"]}}, "best epoch"),
+        ({"space": {"seed": [0, 1]}}, "luckiest seed"),
+        ({"space": {"genes": []}}, "list of choices"),
+        ({"space": {"genes": {"choices": []}}}, "list of choices"),
+        ({"space": {"genes": {"choices": [250], "low": 1, "high": 2}}}, "list of choices"),
+        ({"space": {"learning_rate": {"low": 1, "high": 0.1}}}, "low must be below high"),
+        ({"space": {"learning_rate": {"low": 0, "high": 1, "log": True}}}, "above 0 if log"),
+        ({"space": {"learning_rate": {"low": -1, "high": 0.1}}}, "learning_rate must be above 0"),
+        ({"space": {"genes": {"low": 250.5, "high": 300}}}, "genes"),
+        ({"space": {"views": {"low": 1, "high": 8}}}, "views is no number"),
+        ({"space": {"store": {"low": 0, "high": 1}}}, "store is no number"),
+        ({"space": {"store": ["wide"]}, "stores": {"narrow": "n"}}, r"\['wide'\] must be among"),
+        ({"space": {"backbone": ["efficientnet_b9"]}}, "efficientnet_b0"),
+        ({"space": {"auxnet": [True, False], "genes": [100]}}, "without AuxNet"),
+        ({"points": [{"epochs": 3}]}, "not in the space"),
+        ({"points": [{"genes": 260}]}, "genes 260 is not in space.genes"),
+        ({"points": [{"learning_rate": 0.5}]}, "learning_rate 0.5 is not in space.learning_rate"),
+        ({"points": ["papre"]}, "preset must be one of"),
+        ({"trials": None}, "trials must be given"),
+        ({"trials": 0}, "trials must be at least 1"),
+        ({"concurrent_trials": 0}, "concurrent_trials must be at least 1"),
+        ({"gpus_per_worker": -1.0}, "gpus_per_worker must not be negative"),
+        ({"search": "grid"}, "a grid needs a list"),
+        ({"search": "grid", "space": {"genes": {"choices": [250, 300]}}}, "no branches"),
+        ({"search": "cmaes", "space": {"genes": [250, 300]}}, "cmaes needs a range"),
+        ({"search": "cmaes", "objective": "score_and_cost"}, "cmaes knows one objective"),
+        ({"name": "a/b"}, "usable as a folder"),
+        ({"grace_folds": 6}, "not exceed protocol.folds"),
+        ({"grace_folds": 0}, "above 0"),
+        ({"reduction_factor": 1}, "reduction_factor must be at least 2"),
+        ({"paired_p": 1.0}, "between 0 and 1"),
+        ({"seeds": 0}, "seeds must be at least 1"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sweep(**changes)
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        (
+            {"genes": {"choices": [250], "when": {"optimizer": "sgd"}}},
+            "other settings of the space",
+        ),
+        ({"genes": {"choices": [250], "when": {"genes": 250}}}, "circle"),
+        (
+            {
+                "genes": {"choices": [250], "when": {"dropout": 0.1}},
+                "dropout": {"choices": [0.1], "when": {"genes": 250}},
+            },
+            "circle: genes needs .*dropout.*, dropout needs .*genes",
+        ),
+        # momentum needs optimizer by itself, so that this closes a circle nobody wrote whole
+        (
+            {"momentum": [0.9], "optimizer": {"choices": ["sgd"], "when": {"momentum": 0.9}}},
+            "circle",
+        ),
+        (
+            {"optimizer": ["sgd"], "weight_decay": {**RATE, "when": {"optimizer": "adamw"}}},
+            r"optimizer is \['adamw'\] can never hold",
+        ),
+        (
+            {
+                "dropout": {"low": 0, "high": 0.5},
+                "genes": {"choices": [250], "when": {"dropout": 0}},
+            },
+            "a range",
+        ),
+        ({"optimizer": ["sgd"], "weight_decay": {**RATE, "when": "sgd"}}, "when must be"),
+    ],
+)
+def test_conditions_that_cannot_hold_are_refused(space: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sweep(space=space)
+
+
+def test_a_choice_is_only_checked_on_the_branch_where_it_is_drawn() -> None:
+    space = {"auxnet": [True, False], "genes": {"choices": [100, 250], "when": {"auxnet": True}}}
+    plan = sweep(space=space)  # 100 genes are too few without AuxNet
+    for point in draws(space, 20):
+        plan.settings(point)
+
+
+# --- what is drawn
+
+
+def test_each_branch_draws_what_does_something_there() -> None:
     space = {
         "aux_weight": {"low": 0.1, "high": 40.0, "log": True},
         "auxnet": [True, False],
         "genes": {"low": 250, "high": 300},
+        "dropout": {"low": 0, "high": 0.5, "when": {"aux_target": "log"}},
+        "aux_target": ["standardised", "log"],
+        **OPTIMIZERS,
     }
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    for number in range(20):
-        trial = study.ask()
-        assert suggest(trial, space) == {NUMBER: number}
-        assert ("aux_weight" in trial.params) == trial.params["auxnet"]
-        assert 250 <= trial.params["genes"] <= 300
-        assert 0.1 <= trial.params.get("aux_weight", 1) <= 40
+    order = drawing_order(space)
+    assert sorted(order) == sorted(space)
+    assert order.index("auxnet") < order.index("aux_target") < order.index("dropout")
+    points = draws(space, 60)
+    for point in points:
+        assert ("aux_weight" in point) == ("aux_target" in point) == point["auxnet"]
+        assert ("dropout" in point) == (point.get("aux_target") == "log")
+        assert ("momentum" in point) == (point["optimizer"] == "sgd")
+        assert ("weight_decay" in point) == (point["optimizer"] == "adamw")
+        assert 250 <= point["genes"] <= 300
+        assert list(point) == [name for name in space if name in point]
+    assert {len(p) for p in points} == {4, 6, 7}  # every branch was met
+    alone = draws({"aux_weight": {"low": 0.1, "high": 40.0}}, 5)
+    assert all("aux_weight" in point for point in alone)  # no auxnet in the space: no branch
 
 
-def test_stopped_trials_are_told_as_pruned_with_their_last_value(tmp_path: Path) -> None:
-    search = make_search(sweep(protocol=Protocol(folds=3)), tmp_path)
-    first = search.suggest("a")
-    assert first[NUMBER] == 0
-    assert first["learning_rate"] == Training().learning_rate
-    assert first["genes"] == Training().genes
-    for trial_id in "bcd":
-        search.suggest(trial_id)
-    search.on_trial_result("a", {"score": 0.3, "folds_done": 1})
-    search.on_trial_complete("a", {"score": 0.2, "folds_done": 3})
-    search.on_trial_complete("b", {"score": 0.1, "folds_done": 2})
-    search.on_trial_complete("c", {"score": float("nan"), "folds_done": 3, "reason": "NaN"})
-    search.on_trial_complete("d", None, error=True)
-    study = optuna.load_study(study_name="s", storage=f"sqlite:///{tmp_path / 'optuna.db'}")
-    states = [t.state for t in study.trials]
-    assert states == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, TrialState.FAIL]
-    assert study.trials[0].value == 0.2
-    assert study.trials[0].intermediate_values == {1: 0.3, 3: 0.2}
-    assert study.trials[1].intermediate_values == {2: 0.1}
+def test_a_range_is_of_the_settings_own_numbers_however_its_ends_are_written() -> None:
+    space = {"aux_weight": {"low": 1, "high": 40}, "genes": {"low": 250, "high": 900}}
+    sweep(space=space)
+    for point in draws(space, 10):
+        assert isinstance(point["genes"], int)
+        assert isinstance(point["aux_weight"], float)
+        assert point["aux_weight"] % 1
+    assert NUMBERS["backbone_learning_rate"] is False  # float or null
+    assert NUMBERS["target_rank"] is True
+    assert "auxnet" not in NUMBERS  # a bool is an int in Python, and no number here
 
 
-def test_asha_remembers_the_trials_that_ended_before_a_restart(tmp_path: Path) -> None:
-    for number, scores in enumerate(([0.2, 0.4, 0.6], [0.1])):
-        folder = tmp_path / "trials" / f"{number:04d}"
-        folder.mkdir(parents=True)
-        (folder / "outcome.json").write_text(json.dumps({"scores": scores}))
-    scheduler = make_scheduler(sweep(protocol=Protocol(folds=3)), tmp_path)
-    new = SimpleNamespace(trial_id="new", status="RUNNING", trainable_name="t")
-    scheduler.on_trial_add(None, new)
-    rungs = {milestone: dict(recorded) for milestone, recorded in scheduler._brackets[0]._rungs}
-    assert rungs == {2: {"0000": pytest.approx(0.3)}, 1: {"0000": 0.2, "0001": 0.1}}
-    poor = {"score": 0.05, "folds_done": 1, "training_iteration": 1}
-    assert scheduler.on_trial_result(None, new, poor) == scheduler.STOP
+def test_when_takes_one_value_or_a_list() -> None:
+    for when, met in (("log", {"log"}), (["log", "standardised"], {"log", "standardised"})):
+        space = {
+            "dropout": {"choices": [0.1, 0.2], "when": {"aux_target": when}},
+            "aux_target": ["log", "standardised"],
+        }
+        assert {p["aux_target"] for p in draws(space, 20) if "dropout" in p} == met
 
 
-def test_state_of_a_trial() -> None:
-    assert state_of({"score": 0.1, "folds_done": 5}, 5) == TrialState.COMPLETE
-    assert state_of({"score": 0.1, "folds_done": 4}, 5) == TrialState.PRUNED
-    assert state_of({"score": 0.1, "folds_done": 5}, 5, error=True) == TrialState.FAIL
+# --- which points come first
 
 
-def test_slots_and_what_can_never_be_scheduled() -> None:
-    plan = sweep(workers_per_trial=2, cpus_per_worker=2)
-    assert slots(plan, {"CPU": 16, "GPU": 8}, 1.0) == 4
-    assert slots(plan, {"CPU": 9}, 0.0) == 2
-    with pytest.raises(ValueError, match=r"2 worker.s. of 2 CPU, 1 GPU each, but the cluster has"):
-        slots(plan, {"CPU": 64, "GPU": 1}, 1.0)
+def test_words_stand_for_presets_as_far_as_the_space_reaches() -> None:
+    space = {
+        "backbone": ["resnet18", "efficientnet_b0"],
+        "aux_weight": {"low": 0.1, "high": 40.0},
+        "schedule": ["plateau", "cosine"],
+        "learning_rate": {"low": 0.01, "high": 0.1},  # the paper's 0.001 is outside
+    }
+    plan = sweep(space=space, points=["code", "paper", {"backbone": "resnet18"}], trials=9)
+    first, code, own = first_points(plan)  # `paper` is the very first already: not twice
+    assert first == {"backbone": "efficientnet_b0", "aux_weight": 40.0, "schedule": "plateau"}
+    said = {k.removeprefix("training."): v for k, v in preset("code", "training").items()}
+    assert code["aux_weight"] == said["aux_weight"] == 1.0
+    assert code["schedule"] == "cosine"
+    assert own == {"backbone": "resnet18"}
 
 
-def test_plan_names_the_folds_and_refuses_a_leak(demo_store: Store) -> None:
-    protocol = Protocol(held_out=("BC90006",), folds=5, panel_size=40)
-    plan = sweep(protocol=protocol, training=Training(genes=60), space={})
-    check_folds(plan, demo_store)
-    assert "fold 4: validates on patient BC90005" in describe(plan, demo_store)
-    target = demo_store.index["stain_target"]["patient"]
-    leaky = Protocol(held_out=(target,), folds=3, panel_size=40)
-    with pytest.raises(ValueError, match=r"the stain target is section .* who is held out"):
-        check_folds(sweep(protocol=leaky, training=Training(genes=60), space={}), demo_store)
+def test_the_champions_point_is_what_of_it_the_space_reaches() -> None:
+    space = {
+        "genes": [250, 300],
+        "dropout": {"low": 0.0, "high": 0.5},
+        "optimizer": ["sgd", "adamw"],
+        "weight_decay": {"low": 1e-6, "high": 0.1, "when": {"optimizer": "adamw"}},
+        "momentum": [0.5, 0.9],
+        "input_px": [None, 112],
+    }
+    plan = sweep(space=space, points=["champion"])
+    assert len(first_points(plan)) == 1  # there is none yet
+    champion = {
+        **dataclasses.asdict(Training()),
+        "genes": 777,  # not a choice here
+        "dropout": 0.25,
+        "optimizer": "adamw",
+        "weight_decay": 1e-3,
+        "momentum": 0.9,  # is there, but does nothing with AdamW
+    }
+    assert first_points(plan, champion)[1] == {
+        "dropout": 0.25,
+        "optimizer": "adamw",
+        "weight_decay": 1e-3,
+        "input_px": None,
+    }
+
+
+def test_a_grid_is_its_combinations_however_many_are_asked_for() -> None:
+    space = {"genes": [250, 300], "aux_weight": [1.0, 40.0], "auxnet": [True, False]}
+    plan = sweep(search="grid", space=space, trials=None, points=[{"genes": 300}])
+    points = first_points(plan)
+    assert plan.count == len(points) == 8
+    assert points[0] == {"genes": 250, "aux_weight": 40.0, "auxnet": True}  # the paper's first
+    assert sweep(search="grid", space=space, trials=3).count == 3
+    assert sweep(search="grid", space=space, trials=50).count == 8
+
+
+def test_stores_are_searched_by_name_and_are_no_training_setting() -> None:
+    plan = sweep(
+        space={"store": ["narrow", "wide"], "genes": [250, 300]},
+        stores={"narrow": "n", "wide": "w"},
+    )
+    assert first_points(plan) == [{"genes": 250}]  # the paper has no say in it
+    assert plan.settings({"store": "wide", "genes": 300}).training.genes == 300
+    assert {p["store"] for p in draws(plan.space, 20)} == {"narrow", "wide"}
+
+
+# --- what must stay
+
+
+def test_identity_is_what_makes_trials_comparable() -> None:
+    plan = sweep()
+    same = [
+        {"trials": 40},
+        {"points": ["best"]},
+        {"concurrent_trials": 3},
+        {"cpus_per_worker": 2},
+        {"gpus_per_worker": 0.5},
+        {"finalists": 5},
+        {"seeds": 3},
+        {"champion_rule": "best"},
+        {"refit": True},
+    ]
+    other = [
+        {"space": {"genes": [250, 300]}},
+        {"protocol": Protocol(folds=4)},
+        {"training": Training(epochs=3)},
+        {"search": "random"},
+        {"objective": "score_and_cost"},
+        {"pruning": "none"},
+        {"grace_folds": 1},
+        {"reduction_factor": 2},
+        {"paired_p": None},
+        {"workers_per_trial": 2},
+        {"stores": {"a": "b"}},
+        {"seed": 1},
+        {"name": "t"},
+    ]
+    assert all(sweep(**change).identity() == plan.identity() for change in same)
+    assert all(sweep(**change).identity() != plan.identity() for change in other)
+    named = {f.name for f in dataclasses.fields(Sweep)} - {"preset"}
+    assert {name for change in [*same, *other] for name in change} == named  # none forgotten
+
+
+def test_names_of_trials_sort_and_tell_repeats_apart() -> None:
+    names = [Asked(number=7, point={}, seed=s).name for s in (0, 2)]
+    assert names == ["0007", "0007-seed2"]
+    assert choices({"low": 1, "high": 2}) is None
+    assert choices({"choices": [1], "when": {"a": 1}}) == [1]

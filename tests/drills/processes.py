@@ -75,6 +75,6 @@ def holds(pid: int, file: Path) -> bool:
     with suppress(OSError):
         for link in (PROC / str(pid) / "fd").iterdir():
             with suppress(OSError):
-                if os.readlink(link) == str(file):
+                if link.readlink() == file:
                     return True
     return False

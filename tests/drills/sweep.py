@@ -2,13 +2,12 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.error import URLError
@@ -30,11 +29,13 @@ protocol: {{held_out: [BC90006], folds: 2, panel_size: 40}}
 champion_rule: best  # the other rule weighs seconds, which a kill changes
 space:
   genes: [60, 100]
-  learning_rate: [0.02, 0.05, 1.0e+25]  # the last fails for its own reason
+  learning_rate: [0.01, 0.02, 0.03, 0.05, 1.0e+25]  # the last fails for its own reason
   aux_weight: {{low: 0.1, high: 10, log: true}}
 points:
-  - {{genes: 60, learning_rate: 0.05, aux_weight: 1}}
+  - {{genes: 60, learning_rate: 0.02, aux_weight: 1}}
   - {{genes: 100, learning_rate: 1.0e+25, aux_weight: 1}}
+  - {{genes: 60, learning_rate: 0.03, aux_weight: 1}}
+  - {{genes: 60, learning_rate: 0.05, aux_weight: 1}}
 training:
   backbone: test_resnet
   genes: 60
@@ -106,10 +107,11 @@ class Server:
         self.family.see()
         if self.process.poll() is not None:
             raise Drilled(f"the tracking server ended: {self.folder / 'server.log'}")
-        with suppress(URLError, TimeoutError, ConnectionError):
+        try:
             with urlopen(f"{self.uri}/health", timeout=5) as answer:
                 return bool(answer.status == 200)
-        return False
+        except (URLError, TimeoutError, ConnectionError):
+            return False
 
     def kill(self) -> None:
         """Kill it, whole."""
@@ -227,10 +229,14 @@ class Sweep:
             if name not in self.ended() and holds(process.pid, lock)
         }
 
-    def unsaved(self) -> int:
-        """Epochs that were told, but that no checkpoint has: the next start repeats them."""
+    def unsaved(self, trial: str = "") -> int:
+        """Epochs that were told, but that no checkpoint has: the next start repeats them.
+
+        Args:
+            trial: whose alone; all by default.
+        """
         lost = 0
-        for folder in self.folder.glob("trials/*/fold_*"):
+        for folder in self.folder.glob(f"trials/{trial or '*'}/fold_*"):
             if (folder / "result.json").is_file() or folder.parent.name in self.ended():
                 continue
             note = folder / "last" / "progress.json"
@@ -254,20 +260,18 @@ class Sweep:
             if (file.stat().st_mtime_ns, file.stat().st_ino) != (written, inode)
         ]
 
-    def run_to_the_end(self, starts: int = 1) -> None:
-        """Start it, and again, until it ends well.
+    def run_to_the_end(self) -> None:
+        """Wait for its end, which must be a good one; it is started if it does not run.
 
         Raises:
-            Drilled: it does not.
+            Drilled: it does not end well.
         """
-        for _ in range(starts):
-            if self.starts == 0 or self.code is not None:
-                self.start()
-            if not wait_for(self.has_stopped):
-                raise Drilled(f"{self.log}: the driver does not end")
-            if self.code == 0:
-                return
-        raise Drilled(f"{self.log}: exit code {self.code}\n{self.said()}")
+        if self.starts == 0 or self.code:
+            self.start()
+        if not wait_for(self.has_stopped):
+            raise Drilled(f"{self.log}: the driver does not end")
+        if self.code:
+            raise Drilled(f"{self.log}: exit code {self.code}\n{self.said()}")
 
     def said(self) -> str:
         """The end of what the driver wrote."""
