@@ -9,11 +9,11 @@ the driver did when.
 
 import argparse
 import json
+import logging
 import os
 import time
 import uuid
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,28 +67,27 @@ class TimedBoard(Board):
     """A board that notes how long its answers take."""
 
     timings: Timings
-    _clock: Callable[[], float] = field(default=time.perf_counter, repr=False)
 
     def next(self) -> Asked | str | None:
         """The next trial; only those that were drawn are noted."""
-        began = self._clock()
+        began = time.perf_counter()
         asked = super().next()
         if isinstance(asked, Asked):
-            self.timings.note("next", self._clock() - began, asked.name)
+            self.timings.note("next", time.perf_counter() - began, asked.name)
         return asked
 
     def report(self, name: str, note: dict[str, Any]) -> str:
         """A trial reports."""
-        began = self._clock()
+        began = time.perf_counter()
         reason = super().report(name, note)
-        self.timings.note("report", self._clock() - began, name)
+        self.timings.note("report", time.perf_counter() - began, name)
         return reason
 
     def end(self, name: str, error: str = "") -> dict[str, Any]:
         """A trial has ended."""
-        began = self._clock()
+        began = time.perf_counter()
         outcome = super().end(name, error)
-        self.timings.note("end", self._clock() - began, name)
+        self.timings.note("end", time.perf_counter() - began, name)
         return outcome
 
 
@@ -104,7 +103,7 @@ def start_ray(slots: int) -> None:
         include_dashboard=False,
         object_store_memory=256 * 2**20,
         log_to_driver=False,
-        logging_level="ERROR",
+        logging_level=logging.ERROR,
     )
 
 
@@ -125,6 +124,8 @@ def drive(out: Path, trials: int, slots: int, seconds: float) -> None:
     rungs = pruner_of(plan).rungs
     job = FakeJob(
         out=folder,
+        session=uuid.uuid4().hex,
+        together=min(slots, plan.count - len(board.searched)),
         folds=plan.protocol.folds,
         epochs=plan.training.epochs,
         rungs=rungs,

@@ -4,6 +4,7 @@ Nothing heavy is imported here: sixty-four processes of it fit a small machine.
 """
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,9 +22,15 @@ METRICS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class FakeJob:
-    """What all trials share. `rungs` are where a trial reports inside a fold."""
+    """What all trials share. `rungs` are where a trial reports inside a fold.
+
+    The first `together` processes begin at the same moment: a small machine takes minutes to start
+    sixty-four of them, and what is measured is not that.
+    """
 
     out: Path
+    session: str
+    together: int
     folds: int
     epochs: int
     rungs: tuple[float, ...]
@@ -65,12 +72,13 @@ class Sleeper:
         began = time.time()
         time.sleep(seconds)
         with self.file.open("a") as file:
-            file.write(json.dumps([began, time.time()]) + "\n")
+            file.write(json.dumps([began, time.time(), os.getpid()]) + "\n")
 
 
 def run_fake(config: Mapping[str, Any], job: FakeJob) -> None:
     """What Tune calls. Folds that were finished before a restart are not repeated."""
     number, point = config["number"], config["point"]
+    wait_for_all(job)
     folder = job.out / "trials" / f"{number:04d}"
     nature, began = Nature.of(number, point, job), time.monotonic()
     events, sleeper = Events(folder), Sleeper(folder)
@@ -110,6 +118,15 @@ def run_fake(config: Mapping[str, Any], job: FakeJob) -> None:
         metrics |= {f"score_fold_{n}": value for n, value in enumerate(scores)}
         events.log(f"{folder.name}/trial", metrics, step=len(scores))
         tune.report(standing)
+
+
+def wait_for_all(job: FakeJob) -> None:
+    """Wait until so many processes are there; afterwards nobody waits."""
+    up = job.out / f"up-{job.session}"
+    up.mkdir(exist_ok=True)
+    (up / str(os.getpid())).touch()
+    while len(list(up.iterdir())) < job.together:
+        time.sleep(0.5)
 
 
 def begin(events: Events, name: str, number: int, point: Mapping[str, Any]) -> None:

@@ -81,8 +81,8 @@ def write_directly(rank: int, folder: Path, load: Load, barrier: Barrier, uri: s
     """A trial's process that talks to MLflow itself."""
     folder.mkdir(parents=True)
     client = tracking.connect(uri)
-    experiment = client.get_experiment_by_name(tracking.EXPERIMENT)
-    run = tracking.start_run(client, experiment.experiment_id, "fold", folder.name, {})
+    experiment = tracking.experiment(client, folder.parents[2], uri)  # it is there already
+    run = tracking.start_run(client, experiment, "fold", folder.name, {})
     load.run(
         folder,
         lambda epoch: tracking.log(client, run, numbers(rank, epoch), step=epoch),
@@ -113,8 +113,13 @@ def server(folder: Path, port: int) -> Iterator[subprocess.Popen]:
     command += ["--workers", "1", "--backend-store-uri", tracking.local_uri(folder)]
     command += ["--artifacts-destination", str(folder / "artifacts")]
     env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, env=env, start_new_session=True, **quiet)
+    process = subprocess.Popen(
+        command,
+        env=env,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         wait_until_healthy(port, process)
         yield process

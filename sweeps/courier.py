@@ -34,7 +34,7 @@ from mlflow.protos.databricks_pb2 import (
 )
 
 from sweeps import tracking
-from sweeps.events import FILE, mend, read
+from sweeps.events import FILE, after, mend, read
 
 LOOK_SECONDS = 0.5
 """How often the folders are looked through for new events."""
@@ -111,12 +111,12 @@ class Courier:
             MlflowException: the server is away; what was not delivered is tried again next time.
         """
         end = self.driver.offset + self.driver.pending_bytes
-        if "sweep" not in self.driver.runs:
-            for event in read(self.out / FILE, 0, end)[0][:1]:
-                self._start(event)  # the run that all others lie below
         for path in (self.out / "trials").glob("*/"):
             if path.name not in self.trials:
                 self.trials[path.name] = Folder.open(path)
+        if "sweep" not in self.driver.runs:
+            for event in read(self.out / FILE, 0, end)[0][:1]:
+                self._start(event)  # the run that all others lie below
         waiting = [f for f in self.trials.values() if not f.closed and f.pending_bytes > 0]
         delivering = [self._pool.submit(self.deliver, folder) for folder in waiting]
         wait(delivering)  # where one fails too: no folder is ever in two hands
@@ -124,12 +124,18 @@ class Courier:
 
     def deliver(self, folder: Folder, end: int | None = None) -> int:
         """Deliver a folder's events up to a byte."""
-        events, offset = read(folder.path / FILE, folder.offset, end)
-        for part in _parts(events):
-            self._send_or_refuse(folder, part)
-        if events:
-            folder.delivered(offset)
-        return len(events)
+        file = folder.path / FILE
+        events, offset = read(file, folder.offset, end)
+        sent = 0
+        try:
+            for part in _parts(events):
+                self._send_or_refuse(folder, part)
+                sent += len(part)
+        finally:  # a server that takes a few at a time gets on too
+            if sent:
+                whole = sent == len(events)
+                folder.delivered(offset if whole else after(file, folder.offset, sent))
+        return sent
 
     def _send_or_refuse(self, folder: Folder, part: Sequence[dict[str, Any]]) -> None:
         try:

@@ -100,8 +100,21 @@ def read(file: Path, offset: int = 0, end: int | None = None) -> tuple[list[dict
 
 def _parsed(lines: bytes) -> Iterator[dict[str, Any]]:
     for line in lines.splitlines():
-        if line.strip(b"\0 "):
+        if _is_event(line):
             yield json.loads(line)
+
+
+def _is_event(line: bytes) -> bool:
+    return bool(line.strip(b"\0 \n"))
+
+
+def after(file: Path, offset: int, count: int) -> int:
+    """The byte after so many events from a byte on."""
+    with file.open("rb") as lines:
+        lines.seek(offset)
+        while count:
+            count -= _is_event(lines.readline())
+        return lines.tell()
 
 
 def last(file: Path, do: str = "log", tail_bytes: int = 8192) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What training costs, measured before a sweep is launched: a few steps of each kind of trial."""
 
 import itertools
+import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -91,7 +92,13 @@ def _probe(sweep: Sweep, store: Path, point: dict[str, Any]) -> Speed:
         settings = sweep.settings(point)
         share = max(2, settings.training.batch_size // sweep.workers_per_trial)
         training = replace(settings.training, batch_size=share)
-        return measure(Store(store), replace(settings, training=training), point)
+        speed = measure(Store(store), replace(settings, training=training), point)
+        # A step takes a share of every worker, and each validates its part.
+        return replace(
+            speed,
+            steps=math.ceil(speed.steps * share / settings.training.batch_size),
+            validation_seconds=speed.validation_seconds / sweep.workers_per_trial,
+        )
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         return Speed(point=point, error=str(error))
 
@@ -106,8 +113,9 @@ def measure(store: Store, settings: Settings, point: dict[str, Any]) -> Speed:
         step = _seconds_a_step(run)
     assert task.validation is not None
     rows = task.validation.rows[:EVAL_BATCH]
+    views = None if settings.training.stopping == "early" else 1  # but in the last epoch
     began = time.perf_counter()
-    validate(replace(task, validation=replace(task.validation, rows=rows)), run.judged)
+    validate(replace(task, validation=replace(task.validation, rows=rows)), run.judged, views)
     validation = (time.perf_counter() - began) * len(task.validation.rows) / len(rows)
     size = sum(t.numel() * t.element_size() for t in run.judged.state_dict().values())
     return Speed(

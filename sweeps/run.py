@@ -4,6 +4,7 @@ The same command again resumes a sweep that was stopped, by whatever. `--promote
 the champion by hand.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -12,8 +13,9 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from ray.tune.utils.log import Verbosity
 from brstnet.config import (
     Parser,
     check_names,
+    fingerprint,
     from_namespace,
     plain,
     preset,
@@ -43,7 +46,7 @@ from sweeps.cluster import HEAD, gpus_per_worker, slots, start_ray
 from sweeps.conclude import conclude
 from sweeps.events import Events
 from sweeps.plan import check_budget, check_folds, describe, describe_estimate, estimate
-from sweeps.probe import kinds, probe
+from sweeps.probe import Speed, kinds, probe
 from sweeps.progress import SweepProgress, close_runs, tell_ends
 from sweeps.record import describe_store
 from sweeps.search import BoardScheduler, BoardSearch
@@ -186,17 +189,23 @@ def courier(folder: Path, uri: str, experiment_id: str) -> Iterator[None]:
         ValueError: the server was away at the end; nothing is lost.
     """
     words = ["--tracking_uri", uri, "--experiment", experiment_id]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "sweeps.courier", str(folder), *words],
-        stdin=subprocess.PIPE,
-        start_new_session=True,  # Ctrl-C is for the driver
-    )
-    try:
-        yield
-    finally:
-        assert process.stdin is not None
-        process.stdin.close()
-        code = process.wait()
+    command = [sys.executable, "-m", "sweeps.courier", str(folder), *words]
+    until, driver = os.pipe()  # its end is the driver's, however that comes about
+
+    def deliver() -> int:
+        # In a session of its own: Ctrl-C is for the driver. If it is killed another takes over.
+        while (code := subprocess.call(command, stdin=until, start_new_session=True)) < 0:
+            pass
+        return code
+
+    with ThreadPoolExecutor(1) as thread:
+        delivering = thread.submit(deliver)
+        try:
+            yield
+        finally:
+            os.close(driver)
+            code = delivering.result()
+            os.close(until)
     if code:
         raise ValueError(
             f"{uri}: MLflow did not take all there is to tell (exit code {code} of the courier); "
@@ -248,17 +257,29 @@ def expect(plan: Sweep, stores: dict[str, Path], options: Namespace, out: Path) 
     resources = ray.cluster_resources()
     gpus = gpus_per_worker(plan, resources)
     concurrent = plan.concurrent_trials or slots(plan, resources, gpus)
-    speeds = probe(plan, stores, gpus, kinds(plan))
+    speeds = measured(plan, stores, gpus, out / plan.name)
     now, expected = datetime.now().astimezone(), estimate(plan, speeds, concurrent, gpus)
     print(describe_estimate(expected, speeds, options.price, now))  # noqa: T201
-    (out / plan.name).mkdir(parents=True, exist_ok=True)
-    free_gb = shutil.disk_usage(out).free / 1e9
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
+    free_gb = shutil.disk_usage(there).free / 1e9
     budget = Budget(gpu_hours=options.budget_gpu_hours, deadline=options.deadline)
     if warning := check_budget(expected, budget, free_gb, now):
         sys.stderr.write(f"{warning}\n")
     return Cluster(
         concurrent=concurrent, gpus_per_worker=gpus, trial_seconds=expected.trial_seconds
     )
+
+
+def measured(plan: Sweep, stores: dict[str, Path], gpus: float, folder: Path) -> list[Speed]:
+    """What each kind of trial costs: measured, or as it was when the sweep was begun."""
+    file, key = folder / "probe.json", fingerprint([plan.identity(), plan.cpus_per_worker, gpus])
+    note = json.loads(file.read_text()) if file.is_file() else {}
+    if note.get("key") == key:
+        return [Speed(**speed) for speed in note["speeds"]]
+    speeds = probe(plan, stores, gpus, kinds(plan))
+    if folder.is_dir():
+        tracking.write_json(file, {"key": key, "speeds": [asdict(speed) for speed in speeds]})
+    return speeds
 
 
 def launch(board: Board, events: Events, stores: dict[str, Path], options: Namespace) -> None:

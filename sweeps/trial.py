@@ -25,7 +25,7 @@ from brstnet.evaluation import validation
 from brstnet.launch import pick_device
 from brstnet.metrics import nanmedian
 from brstnet.training import distributed
-from brstnet.training.checkpoint import read_facts
+from brstnet.training.checkpoint import read_facts, settle
 from brstnet.training.keep import FitResult, read_progress
 from brstnet.training.train import fit
 from sweeps.pruning import Pruner, pruner_of
@@ -162,9 +162,6 @@ def _watch(
     """What is done after each epoch: tell of it, and at a rung inside the fold ask to go on."""
     before, seen = float(fold), np.nan
     early = settings.training.stopping == "early"
-    saved = state.folder / f"fold_{fold}" / "last"
-    if early and (saved / "progress.json").is_file():
-        seen = np.fmax.reduce([note["score"] for note in read_progress(saved).history])
 
     def on_epoch(note: Mapping[str, float]) -> None:
         nonlocal before, seen
@@ -190,21 +187,31 @@ def train_fold(
 ) -> FitResult:
     """Train one fold and tell of it; a fold that was finished before is neither repeated nor told.
 
-    Epochs that were saved but not yet told when a process was killed are told here.
+    Epochs that are on disk are gone through again first: a process may have been killed when they
+    were saved, but not yet told, or not yet judged at a rung.
     """
     out = folder / f"fold_{fold}"
     told = out / "told"
     if record is not None and not told.exists():
         record.fold(fold)
+    for note in saved_epochs(out):
+        on_epoch(note)
     result = fit(store, settings, fold, out, device=worker_device(), on_epoch=on_epoch)
     if record is not None and not told.exists():
-        for note in read_progress(out / "last").history:
-            record.epoch(fold, note)
         record.end_fold(fold, result.score, describe_fold(result, out / "report"))
         # A finished fold is never gone on from: its momentum would be a third of a sweep's disk.
         (out / "last" / "optimizer.safetensors").unlink(missing_ok=True)
         told.touch()
     return result
+
+
+def saved_epochs(out: Path) -> list[dict[str, float]]:
+    """The numbers of a fold's epochs that are on disk, the same for all workers."""
+    here, last = distributed.world(), out / "last"
+    if here.leads:
+        settle(last)
+    distributed.barrier(here)
+    return read_progress(last).history if (last / "progress.json").is_file() else []
 
 
 def describe_fold(result: FitResult, folder: Path) -> Path:

@@ -86,7 +86,7 @@ def drill(variant: str, kills: list[Kill], folder: Path, store: Path, server: Se
         finally:
             sweep.end()
         for plan in hand:
-            plan.faults += found if plan not in left else []
+            plan.differ = len(found) if plan not in left else 0
         kills = [*left, *kills]
         same = "the same" if not found else f"{len(found)} differences"
         say(f"{name}: {time.monotonic() - began:.0f} s, {sweep.starts} starts, {same}")
@@ -114,7 +114,8 @@ def table(kills: Sequence[Kill]) -> str:
         times = " | ".join(
             "-" if s is None else f"{s:.1f}" for s in (plan.ended_s, plan.left_s, plan.went_on_s)
         )
-        verdict = "ok" if not plan.faults else f"{len(plan.faults)} FAULTS"
+        verdict = "the same" if not plan.differ else f"{plan.differ} DIFFERENCES"
+        verdict += f", {len(plan.faults)} FAULTS" if plan.faults else ""
         rows.append(
             f"| {plan.kind} | {plan.sweep} | {plan.moment_s:.1f} s after {after} | {lived} "
             f"| {times} | {plan.repeated} | {verdict} |"
@@ -152,7 +153,7 @@ def main() -> int:
     began = time.monotonic()
     kills = run(options, folder)
     say(f"\nseed {options.seed}, {(time.monotonic() - began) / 60:.0f} minutes\n{table(kills)}")
-    bad = [plan for plan in kills if plan.faults]
+    bad = [plan for plan in kills if plan.faults or plan.differ]
     for plan in bad:
         say(f"\n{plan.kind} in {plan.sweep}:" + "".join(f"\n  {line}" for line in plan.faults[:9]))
     if not bad:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from drills.kinds import KINDS, Kind, kill
-from drills.processes import Process
+from drills.processes import Family, Process
 from drills.sweep import LOOK_S, PATIENCE_S, Server, Sweep, wait_for
 
 WINDOW_S = {"start": 25.0, "training": 8.0, "end": 5.0}
@@ -32,6 +32,7 @@ class Kill:
     went_on_s: float | None = None
     repeated: int = 0
     began: float = 0.0
+    differ: int = 0
     faults: list[str] = field(default_factory=list)
 
     @property
@@ -109,14 +110,20 @@ def follow(sweep: Sweep, plan: Kill, server: Server, told: int) -> None:
     if plan.code and (not allowed or plan.code not in plan.done.codes):
         plan.faults.append(f"exit code {plan.code}: {sweep.said()}")
     if plan.code:
-        again(sweep, plan, server)
-    if not wait_for(lambda: not old.see(), LEAVES_S):
+        again(sweep, plan, server, old)
+    if not wait_for(lambda: nobody_left(plan, old), LEAVES_S):
         plan.faults.append(f"left behind: {[p.title[:60] for p in old.see()]}")
         old.kill()
-    plan.left_s = time.monotonic() - plan.began - plan.ended_s
 
 
-def again(sweep: Sweep, plan: Kill, server: Server) -> None:
+def nobody_left(plan: Kill, old: Family) -> bool:
+    """Whether all that a driver had started has ended too; the time is noted."""
+    if plan.left_s is None and plan.ended_s is not None and not old.see():
+        plan.left_s = time.monotonic() - plan.began - plan.ended_s
+    return plan.left_s is not None
+
+
+def again(sweep: Sweep, plan: Kill, server: Server, old: Family) -> None:
     """The same command; a driver that was killed before it trained is not waited for."""
     plan.repeated = max(plan.repeated, sweep.unsaved())
     if not wait_for(server.healthy):
@@ -125,7 +132,12 @@ def again(sweep: Sweep, plan: Kill, server: Server) -> None:
     if plan.phase == "start":
         return
     told, plan.trial = sweep.epochs(), ""
-    if not wait_for(lambda: goes_on(sweep, plan, server, told), GOES_ON_S):
+
+    def trains() -> bool:
+        nobody_left(plan, old)
+        return goes_on(sweep, plan, server, told)
+
+    if not wait_for(trains, GOES_ON_S):
         plan.faults.append(f"does not train after {GOES_ON_S:g} s: {sweep.said()}")
     plan.went_on_s = time.monotonic() - plan.began
 

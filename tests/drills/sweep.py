@@ -275,4 +275,4 @@ class Sweep:
 
     def said(self) -> str:
         """The end of what the driver wrote."""
-        return self.log.read_text(errors="replace")[-3000:]
+        return self.log.read_text(errors="replace")[-600:]
