@@ -12,7 +12,7 @@ export MALLOC_TRIM_THRESHOLD_ := 100000000000
 export MALLOC_TOP_PAD_ := 268435456
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: sweep test check quick ui leaderboard clean
+.PHONY: sweep test check quick drills ui leaderboard clean
 
 ## sweep: environment, demo tissue, a real small sweep, the leaderboard, the champion judged
 sweep: $(VENV)/.installed
@@ -35,6 +35,10 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+## drills: twenty kills at random moments of small real sweeps, compared with undisturbed ones
+drills: $(VENV)/.installed-dev
+	PYTHONPATH=tests $(BIN)/python -m drills $(if $(SEED),--seed $(SEED))
 
 ## ui: the MLflow UI on 127.0.0.1, at the sweeps' runs
 ui: $(VENV)/.installed

@@ -40,6 +40,9 @@ def make_plan(trials: int, slots: int) -> Sweep:
         training=Training(epochs=8, stopping="fixed"),
         trials=trials,
         concurrent_trials=slots,
+        grace_folds=0.25,
+        reduction_factor=3,
+        paired_p=0.1,
         space={
             "backbone": ["efficientnet_b0", "resnet18", "vit_b32"],
             "genes": [250, 500, 1000],

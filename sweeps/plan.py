@@ -111,7 +111,7 @@ def _check_alike(
     spots = store.spots(fold.validation)
     panel = sorted(fitted.genes.index[fitted.genes["panel"]])
     mine = [
-        ("validation spots", [list(spots.index), spots["total_counts"].tolist()]),
+        ("validation spots", spots[["section", "spot", "total_counts"]].to_numpy().tolist()),
         ("gene panel", panel),
         ("target (median total of the training spots)", round(fitted.median_total, 6)),
     ]
@@ -169,14 +169,16 @@ def estimate(sweep: Sweep, speeds: Sequence[Speed], slots: int, gpus_per_worker:
     folds, workers = sweep.protocol.folds, sweep.workers_per_trial
     seconds = [folds * s.fold_seconds() for s in known]
     model_gb = sum(s.model_mb for s in known) / len(known) / 1000
+    rule = (folds, sweep.grace_folds, sweep.reduction_factor, sweep.count)
     pruned = sweep.pruning != "none"
+    share = expected_share(*rule) if pruned else 1.0
     rungs = len(pruner_of(sweep).rungs) if pruned else 0
     complete = max(1.0, sweep.count / sweep.reduction_factor**rungs)
     repeats = min(sweep.finalists, sweep.count) * (sweep.seeds - 1)
     return Estimate(
         trials=sweep.count,
         repeats=repeats,
-        share=expected_share(folds, sweep.grace_folds, sweep.reduction_factor) if pruned else 1.0,
+        share=share,
         trial_seconds=sum(seconds) / len(seconds) * workers,
         slots=slots,
         workers=workers,

@@ -145,8 +145,8 @@ class View:
 
     def ended(self, name: str, outcome: dict[str, Any]) -> None:
         """A trial has ended."""
-        reason = f": {outcome['reason'].strip().splitlines()[-1]}" if outcome["reason"] else ""
-        self._line(f"trial {name}: {outcome['state']}{reason}")
+        said = outcome["reason"].strip().splitlines()
+        self._line(f"trial {name}: {outcome['state']}{f': {said[-1]}' if said else ''}")
 
     def _line(self, text: str) -> None:
         if self._live is not None:

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 import optuna
@@ -84,7 +84,7 @@ class Sweep:
     objective: Literal["score", "score_and_cost"] = "score"
     trials: int | None = None
     pruning: Literal["asha", "none"] = "asha"
-    grace_folds: float = 0.25
+    grace_folds: float = 0.5
     reduction_factor: int = 3
     paired_p: float | None = 0.1
     finalists: int = 3
@@ -164,8 +164,13 @@ def check_space(sweep: Sweep) -> None:
     drawing_order(sweep.space)
     _check_conditions(sweep.space)
     _check_values(sweep)
-    written = [point for point in sweep.points if not isinstance(point, str)]
-    for point in [*written, *first_points(sweep)]:
+    _check_points(sweep)
+
+
+def _check_points(sweep: Sweep) -> None:
+    for point in sweep.points:
+        if isinstance(point, str):
+            continue
         if unknown := set(point) - set(sweep.space):
             raise ValueError(f"points: {sorted(unknown)} are not in the space: {list(sweep.space)}")
         for name, value in point.items():
@@ -174,6 +179,12 @@ def check_space(sweep: Sweep) -> None:
                     f"points: {name} {value!r} is not in space.{name}: {sweep.space[name]}"
                 )
         sweep.settings(point)
+    for point in first_points(sweep):  # a grid has many, of values that were checked one by one
+        training = {name: value for name, value in point.items() if name != "store"}
+        try:
+            Settings(protocol=sweep.protocol, training=replace(sweep.training, **training))
+        except ValueError as error:
+            raise ValueError(f"trial {point}: {error}") from error
 
 
 def _check_conditions(space: Mapping[str, Any]) -> None:

@@ -23,7 +23,6 @@ from brstnet.config import Settings, to_yaml
 from brstnet.data.store import Store
 from brstnet.evaluation import validation
 from brstnet.launch import pick_device
-from brstnet.metrics import nanmedian
 from brstnet.training import distributed
 from brstnet.training.checkpoint import read_facts, settle
 from brstnet.training.keep import FitResult, read_progress
@@ -115,7 +114,8 @@ def train_folds(asked: Asked, job: Job, report: Report) -> None:
     state = Standing(folder, job.sweep.workers_per_trial)
     with claimed(folder):
         try:
-            reason = begin_attempt(folder, job.session)
+            # All give up, or none: who went on alone would wait for the others for ever.
+            reason = distributed.of_leader(begin_attempt(folder, job.session), distributed.world())
             if not reason:
                 _train_folds(asked, job, state, report)
         except OWN_FAULT as error:
@@ -253,7 +253,8 @@ class Standing:
         self.scores.append(result.score)
         table = pd.read_parquet(result.folder / "validation.parquet")
         for section, part in table.groupby("section", sort=False):
-            self.sections[str(section)] = nanmedian(part["pcc"])
+            pcc = part["pcc"].fillna(0)  # a prediction that is constant knows nothing
+            self.sections[str(section)] = float(pcc.median())
 
     def note(self, done: float | None = None, score: float | None = None) -> dict[str, Any]:
         """What is reported: the mean score of the folds so far, and within a fold this one's too.
@@ -345,7 +346,6 @@ def _saved(out: Path) -> tuple[str, int, int]:
 def drop_models(folder: Path) -> None:
     """Remove what a trial that was stopped could only waste: its weights. Its numbers stay."""
     for out in folder.glob("fold_*"):
-        for name in ("best", "last", "position"):
-            for file in (out / name).glob("*.safetensors"):
-                file.unlink()
+        for file in out.rglob("*.safetensors"):
+            file.unlink()
         shutil.rmtree(out / "position", ignore_errors=True)

@@ -298,27 +298,23 @@ def test_the_running_score_is_the_mean_of_finished_folds_and_the_current_one() -
 
 
 @pytest.mark.parametrize(("folds", "grace", "factor"), [(4, 0.25, 3), (5, 1, 2), (4, 0.5, 2)])
-def test_the_expected_share_is_the_limit_of_what_is_spent(
+def test_the_expected_share_comes_to_its_limit_with_many_trials(
     folds: int, grace: float, factor: int
 ) -> None:
-    rng = np.random.default_rng(0)
-    limit = expected_share(folds, grace, factor)
-
-    def spent(trials: int) -> float:
-        pruner = make(folds=folds, grace_folds=grace, reduction_factor=factor)
-        total = 0.0
-        for number, level in enumerate(rng.uniform(size=trials)):
-            stops = (rung for rung in pruner.rungs if pruner.judge(number, rung, level, {}))
-            total += next(stops, folds)
-        return total / folds / trials
-
-    assert limit < np.mean([spent(30) for _ in range(50)]) < 1.7 * limit
-    assert np.mean([spent(400) for _ in range(12)]) == pytest.approx(limit, rel=0.1)
-    assert expected_share(folds, folds, factor) == 1
+    ends = [0.0, *make(folds=folds, grace_folds=grace, reduction_factor=factor).rungs, folds]
+    pairs = enumerate(itertools.pairwise(ends))
+    limit = sum((end - begin) / factor**climbed for climbed, (begin, end) in pairs) / folds
+    few, some, many = (expected_share(folds, grace, factor, n) for n in (6, 30, 1000))
+    assert few > some > many
+    assert many == pytest.approx(limit, rel=0.1)
+    assert some < 1.7 * limit
 
 
 def test_the_expected_share_by_hand() -> None:
-    assert expected_share(4, 0.25, 3) == pytest.approx((0.25 + 0.5 / 3 + 1.5 / 9 + 1.75 / 27) / 4)
+    assert expected_share(4, 4, 3, 10) == 1
+    assert expected_share(4, 0.25, 3, 1) == 1
+    # of two, the better goes on if it is first; second, both do
+    assert expected_share(4, 1, 2, 2) == pytest.approx((4 + 4 + 4 + 1) / 16, abs=0.02)
 
 
 def test_a_sweeps_folder_becomes_curves(tmp_path: Path) -> None:

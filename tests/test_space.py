@@ -58,7 +58,7 @@ def test_shipped_sweeps_begin_with_the_papers_setting_and_draw_what_can_be_train
     first = first_points(plan)[0]
     assert first == within(dataclasses.asdict(Training()), plan.space)
     assert set(first) >= {n for n in plan.space if n in ("backbone", "learning_rate")}
-    for point in draws(plan.space, 20):
+    for point in draws(plan.space, 4):
         assert set(point) <= set(plan.space)
         trained = plain(plan.settings(point).training)
         assert {n: v for n, v in point.items() if n != "store"}.items() <= trained.items()

@@ -161,3 +161,11 @@ def barrier(here: World) -> None:
     """Wait until all workers are here."""
     if here.size > 1:
         dist.barrier()
+
+
+def of_leader(text: str, here: World) -> str:
+    """What the leading worker says, on each of them."""
+    said = [text]
+    if here.size > 1:
+        dist.broadcast_object_list(said)
+    return said[0]
