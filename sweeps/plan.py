@@ -228,7 +228,7 @@ def check_budget(expected: Estimate, budget: Budget, free_gb: float, now: dateti
     hours = expected.trial_seconds * (expected.gpus_per_worker or 1.0) / 3600
     if budget.gpu_hours is not None and budget.gpu_hours < hours:
         raise ValueError(
-            f"--budget_gpu_hours {budget.gpu_hours:g} is below what one whole trial is expected to "
+            f"--budget-gpu-hours {budget.gpu_hours:g} is below what one whole trial is expected to "
             f"take ({hours:.2f}): raise it, or lower training.epochs"
         )
     if budget.deadline is not None:

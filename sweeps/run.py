@@ -64,14 +64,24 @@ def make_parser(config: Path | None) -> Parser:
     parser.add_argument("--address", help="Ray cluster; default: RAY_ADDRESS, or this machine")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     parser.add_argument("--only", nargs="+", help="names of the space to search; no others are")
-    parser.add_argument("--budget_gpu_hours", type=float, help="of workers, where there is no GPU")
-    parser.add_argument("--max_trials", type=int, help="begin no more than so many in all")
-    parser.add_argument("--deadline", type=datetime.fromisoformat, help="2026-11-30T08:00")
+    parser.add_argument("--budget-gpu-hours", type=float, help="of workers, where there is no GPU")
+    parser.add_argument("--max-trials", type=int, help="begin no more than so many in all")
+    parser.add_argument("--deadline", type=moment, help="such as 2026-11-30T08:00")
     parser.add_argument("--price", type=float, help="of a GPU-hour, for the plan")
     parser.add_argument("--promote", metavar="RUN", help="(alone) make a trial the champion")
     parser.add_class_arguments(Sweep)
     parser.set_defaults(name=config.stem if config else "")
     return parser
+
+
+def moment(value: str | datetime) -> datetime:
+    """A date and time as written, or as the YAML reader has made it; local time by default.
+
+    Raises:
+        ValueError: it is none.
+    """
+    read = value if isinstance(value, datetime) else datetime.fromisoformat(value)
+    return read.astimezone()
 
 
 def parse(argv: Sequence[str]) -> tuple[Sweep, Namespace]:

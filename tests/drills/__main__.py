@@ -32,6 +32,10 @@ EACH = 4
 """Kills that a sweep is given; it is too short for many more."""
 
 
+TRIES = 3
+"""Sweeps in which a kill may come too late."""
+
+
 def dealt(kills: int, rng: Random) -> dict[str, list[Kill]]:
     """The kills of each variant: every kind as often as others, give or take one."""
     kinds = list(KINDS) * (kills // len(KINDS))
@@ -87,7 +91,11 @@ def drill(variant: str, kills: list[Kill], folder: Path, store: Path, server: Se
             sweep.end()
         for plan in hand:
             plan.differ = len(found) if plan not in left else 0
-        kills = [*left, *kills]
+        for plan in left:
+            plan.tries += 1
+            if plan.tries == TRIES:
+                plan.faults.append(f"nobody to kill in {TRIES} sweeps")
+        kills = [*(plan for plan in left if plan.tries < TRIES), *kills]
         same = "the same" if not found else f"{len(found)} differences"
         say(f"{name}: {time.monotonic() - began:.0f} s, {sweep.starts} starts, {same}")
         for line in found[:20]:
@@ -112,7 +120,7 @@ def table(kills: Sequence[Kill]) -> str:
         after = {"start": "a start", "training": "an epoch", "end": "the last trial"}[plan.phase]
         lived = "lived" if plan.code is None else f"exit {plan.code}"
         times = " | ".join(
-            "-" if s is None else f"{s:.1f}" for s in (plan.ended_s, plan.left_s, plan.went_on_s)
+            f"{s:.1f}" if s else "-" for s in (plan.ended_s, plan.left_s, plan.went_on_s)
         )
         verdict = "the same" if not plan.differ else f"{plan.differ} DIFFERENCES"
         verdict += f", {len(plan.faults)} FAULTS" if plan.faults else ""

@@ -6,7 +6,7 @@ from random import Random
 
 from drills.kinds import KINDS, Kind, kill
 from drills.processes import Family, Process
-from drills.sweep import LOOK_S, PATIENCE_S, Server, Sweep, wait_for
+from drills.sweep import AGENTS, LOOK_S, PATIENCE_S, Server, Sweep, wait_for
 
 WINDOW_S = {"start": 25.0, "training": 8.0, "end": 5.0}
 """A kill comes at any moment up to so long after the driver was started, after an epoch was seen
@@ -27,8 +27,9 @@ class Kill:
     sweep: str = ""
     trial: str = ""
     code: int | None = None
-    ended_s: float | None = None
+    ended_s: float = 0.0
     left_s: float | None = None
+    tries: int = 0
     went_on_s: float | None = None
     repeated: int = 0
     began: float = 0.0
@@ -113,12 +114,11 @@ def follow(sweep: Sweep, plan: Kill, server: Server, told: int) -> None:
         again(sweep, plan, server, old)
     if not wait_for(lambda: nobody_left(plan, old), LEAVES_S):
         plan.faults.append(f"left behind: {[p.title[:60] for p in old.see()]}")
-        old.kill()
 
 
 def nobody_left(plan: Kill, old: Family) -> bool:
-    """Whether all that a driver had started has ended too; the time is noted."""
-    if plan.left_s is None and plan.ended_s is not None and not old.see():
+    """Whether all that a driver had started has ended too, but for Ray's agents; when it had."""
+    if plan.left_s is None and all(p.title in AGENTS for p in old.see()):
         plan.left_s = time.monotonic() - plan.began - plan.ended_s
     return plan.left_s is not None
 

@@ -8,16 +8,16 @@ from random import Random
 from drills.processes import Process, send
 from drills.sweep import Server, Sweep
 
-DEFECT, TOLD, STOPPED = 1, 2, 130
-"""Exit codes of the driver: with a traceback, with a few lines, by Ctrl-C."""
+LOST, TOLD, STOPPED = 1, 2, 130
+"""Exit codes of the driver: ended by Ray, without a cluster; a few lines told; Ctrl-C."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
     """One kind of kill.
 
-    `victim` finds whom to kill, None while nobody is there; `codes` are those that the driver may
-    end with, if it may end at all. `ends` says that it must, since it has lost what it stands on.
+    `victim` finds whom to kill, None while nobody is there. `ends` says that the driver must end,
+    since it is the victim or has lost what it stands on; `codes` are those that it may end with.
     """
 
     name: str
@@ -71,8 +71,8 @@ KINDS = {
         Kind(name="Ctrl-C", victim=driver, number=signal.SIGINT, codes=(STOPPED,), ends=True),
         Kind(name="trial actor", victim=actor, phases=("training",)),
         Kind(name="train worker", victim=worker, variants=("workers",), phases=("training",)),
-        Kind(name="Ray head: GCS", victim=daemon("/gcs/gcs_server"), ends=True),
-        Kind(name="Ray head: raylet", victim=daemon("/raylet/raylet "), ends=True),
+        Kind(name="Ray head: GCS", victim=daemon("/gcs/gcs_server"), codes=(LOST,), ends=True),
+        Kind(name="Ray head: raylet", victim=daemon("/raylet/raylet "), codes=(LOST,), ends=True),
         Kind(name="tracking server", victim=server, codes=(TOLD,)),
         Kind(name="courier", victim=daemon("sweeps.courier")),
     )

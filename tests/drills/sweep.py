@@ -23,6 +23,10 @@ LOOK_S = 0.25
 PATIENCE_S = 300.0
 """The longest that anything here is waited for."""
 
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+AGENTS_S = 150.0
+"""Ray's agents do nothing once their raylet is gone, but try for a minute to tell its GCS."""
+
 COMMON = """
 name: {name}
 protocol: {{held_out: [BC90006], folds: 2, panel_size: 40}}
@@ -187,9 +191,8 @@ class Sweep:
         return self.code is not None
 
     def left_behind(self) -> list[Process]:
-        """Processes of earlier starts, and of this one if its driver has ended."""
-        ended = self.families if self.code is not None else self.families[:-1]
-        return [process for family in ended for process in family.see()]
+        """All that lives of a sweep whose driver has ended."""
+        return [process for family in self.families for process in family.see()]
 
     def end(self) -> None:
         """Leave nothing running."""
@@ -273,6 +276,8 @@ class Sweep:
             raise Drilled(f"{self.log}: the driver does not end")
         if self.code:
             raise Drilled(f"{self.log}: exit code {self.code}\n{self.said()}")
+        if not wait_for(lambda: not self.left_behind(), AGENTS_S):
+            raise Drilled(f"{self.log}: left behind {[p.title for p in self.left_behind()]}")
 
     def said(self) -> str:
         """The end of what the driver wrote."""
