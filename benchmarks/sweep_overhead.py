@@ -21,6 +21,7 @@ import functools
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -192,13 +193,15 @@ class Drive:
         command += ["--seconds", str(self.seconds)]
         with (self.out / "driver.log").open("a") as log:
             process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
-        while process.poll() is None:
-            time.sleep(1)
-            self.look(process.pid)
-            if kill_at is not None and self.samples and self.samples[-1].ended >= kill_at:
-                process.kill()
-                process.wait()
-                return
+        try:
+            while process.poll() is None:
+                time.sleep(1)
+                self.look(process.pid)
+                if kill_at is not None and self.samples and self.samples[-1].ended >= kill_at:
+                    return
+        finally:
+            process.kill()
+            process.wait()
         if process.returncode:
             log_text = (self.out / "driver.log").read_text()
             raise RuntimeError(f"the driver ended with {process.returncode}:\n{log_text[-3000:]}")
@@ -295,7 +298,8 @@ def fake(out: Path, trials: int, slots: int, seconds: float, *, restore: bool) -
     first = Drive(out=out, trials=trials, slots=slots, seconds=seconds)
     first.run(round(KILL_AT * trials) if restore else None)
     head = f"{trials} trials on {slots} slots"
-    show(f"{head} | until the driver was killed" if restore else f"{head} | ", rows_of(first))
+    until = "until the driver was killed" if restore else "to the end"
+    show(f"{head} | {until}", rows_of(first))
     if restore:
         unfinished = sum(1 for _ in first.folder.glob("trials/*")) - first.samples[-1].ended
         again = Drive(out=out, trials=trials, slots=slots, seconds=seconds)
@@ -306,7 +310,7 @@ def fake(out: Path, trials: int, slots: int, seconds: float, *, restore: bool) -
             restore_rows(again),
         )
     check_whole(first.folder, trials)
-    show("in MLflow | ", list(mlflow_rows(out)))
+    show("in MLflow | figure", list(mlflow_rows(out)))
 
 
 def rows_of(drive: Drive) -> list[list[str]]:
@@ -394,6 +398,7 @@ def main() -> None:
     parser.add_argument("--real_trials", type=int, default=12)
     parser.add_argument("--out", type=Path, help="keep the runs here; default: nowhere")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started ends as well
     os.environ.setdefault("RAY_worker_niceness", "0")
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.out or Path(scratch)

@@ -322,6 +322,7 @@ def main() -> None:
     parser.add_argument("--writers", type=int, default=8)
     parser.add_argument("--quick", type=float, default=1.0, help="a share of the epochs")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started ends as well
     print("| way | target | metrics | offered/s | delivered/s | longest wait ms | lag s, max |")
     print("|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as scratch:

@@ -141,8 +141,7 @@ def crown(
     about = f"Sweep {folder.name}, {choice.reason}.\n\nScored under: {note['protocol']}."
     client.update_model_version(tracking.MODEL, version, about)
     if sweep_run is not None:
-        best = {"best_score": choice.best.score}
-        tracking.log(client, sweep_run, best, tags={"brstnet.champion": run_id})
+        tracking.log(client, sweep_run, tags={"brstnet.champion": run_id})
     facts = {"trial": choice.chosen.trial, "version": version, "run": run_id, "rule": choice.rule}
     write_whole(folder / NOTE, json.dumps(facts))
     return version

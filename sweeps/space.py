@@ -370,15 +370,18 @@ def suggest(trial: optuna.Trial, space: Mapping[str, Any]) -> dict[str, Any]:
 
     A trial that was drawn in part before a crash keeps that part.
     """
+    drawn: dict[str, Any] = {}
     for name in drawing_order(space):
         values = space[name]
-        if not is_drawn(name, space, trial.params):
+        if not is_drawn(name, space, drawn):
             continue
         listed = choices(values)
         if listed is not None:
-            trial.suggest_categorical(name, listed)
-        elif NUMBERS[name]:
-            trial.suggest_int(name, values["low"], values["high"], log=values.get("log", False))
-        else:
-            trial.suggest_float(name, values["low"], values["high"], log=values.get("log", False))
-    return {name: trial.params[name] for name in space if name in trial.params}
+            drawn[name] = trial.suggest_categorical(name, listed)
+            continue
+        low, high, log = values["low"], values["high"], values.get("log", False)
+        if NUMBERS[name]:
+            drawn[name] = int(trial.suggest_int(name, low, high, log=log))
+        else:  # a point to try first may say 1, and the study on disk 1.0
+            drawn[name] = float(trial.suggest_float(name, low, high, log=log))
+    return {name: drawn[name] for name in space if name in drawn}

@@ -31,6 +31,12 @@ SPACE = {
 
 
 @pytest.fixture(autouse=True)
+def _unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spaces are checked in test_space: a tenth of a second each."""
+    monkeypatch.setattr("sweeps.space.check_space", lambda _: None)
+
+
+@pytest.fixture(autouse=True)
 def _studies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What survives a driver is kept in memory: a database on disk waits for each write.
 

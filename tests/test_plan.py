@@ -23,6 +23,12 @@ SWEEPS = Path(__file__).parents[1] / "sweeps"
 HELD_OUT = ("BC90006",)
 
 
+@pytest.fixture(autouse=True)
+def _unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spaces are checked in test_space: a tenth of a second each."""
+    monkeypatch.setattr("sweeps.space.check_space", lambda _: None)
+
+
 def sweep(**changes: Any) -> Sweep:
     values: dict[str, Any] = {
         "name": "s",

@@ -33,6 +33,12 @@ from sweeps.search import BoardScheduler, BoardSearch
 from sweeps.space import Asked, Sweep
 
 
+@pytest.fixture(autouse=True)
+def _unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spaces are checked in test_space: a tenth of a second each."""
+    monkeypatch.setattr("sweeps.space.check_space", lambda _: None)
+
+
 @pytest.fixture
 def board(tmp_path: Path) -> Board:
     plan = Sweep(

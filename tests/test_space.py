@@ -302,7 +302,8 @@ def test_stores_are_searched_by_name_and_are_no_training_setting() -> None:
 # --- what must stay
 
 
-def test_identity_is_what_makes_trials_comparable() -> None:
+def test_identity_is_what_makes_trials_comparable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sweeps.space.check_space", lambda _: None)  # a tenth of a second each
     plan = sweep()
     same = [
         {"trials": 40},
