@@ -257,7 +257,7 @@ def drive_info(drive: Drive) -> dict[str, str]:
     own = busy["pid"].to_numpy()[1:] == busy["pid"].to_numpy()[:-1]
     own &= busy["begin"].to_numpy()[1:] > full
     same = busy["trial"].to_numpy()[1:] == busy["trial"].to_numpy()[:-1]
-    over = [s for s in samples if full <= s.at <= last]
+    over = [s for s in samples if full <= s.at <= last] or samples[-1:]
     ended = over[-1].ended - over[0].ended
     steady = draws[draws["at"] > full]["seconds"]
     seconds = (busy["end"] - busy["begin"]).groupby(busy["trial"]).sum()
@@ -290,6 +290,8 @@ def drive_info(drive: Drive) -> dict[str, str]:
 
 def spread(seconds: np.ndarray) -> str:
     """Mean and 99th percentile."""
+    if not len(seconds):
+        return "-"
     return f"{seconds.mean():.2f} / {np.percentile(seconds, 99):.2f} s"
 
 

@@ -48,9 +48,6 @@ REFUSED = {
 }
 """What a server says that another try would hear again."""
 
-BATCH = {"metrics": 800, "params": 100, "tags": 100}
-"""Most that MLflow takes in one request: 1000 of all together."""
-
 STATUS = "courier.json"
 REFUSALS = "refused.jsonl"
 
@@ -216,21 +213,17 @@ class Courier:
         return str(runs[0].info.run_id) if runs else None
 
     def _log(self, events: Sequence[dict[str, Any]]) -> None:
-        """Events of one run in as few requests as MLflow allows; told twice they change nothing."""
-        run_id = self.run_id(events[0]["run"])
-        said: dict[str, list[Any]] = {
-            "metrics": [
+        """Events of one run, which MLflow's client sends in as few requests as it may."""
+        self.client.log_batch(
+            self.run_id(events[0]["run"]),
+            [
                 Metric(name, value, event["time"], event["step"])
                 for event in events
                 for name, value in event["metrics"].items()
             ],
-            "params": [Param(k, v) for event in events for k, v in event["params"].items()],
-            "tags": [RunTag(k, v[:5000]) for event in events for k, v in event["tags"].items()],
-        }
-        while any(said.values()):
-            part = {kind: values[: BATCH[kind]] for kind, values in said.items()}
-            said = {kind: values[BATCH[kind] :] for kind, values in said.items()}
-            self.client.log_batch(run_id, part["metrics"], part["params"], part["tags"])
+            [Param(k, v) for event in events for k, v in event["params"].items()],
+            [RunTag(k, v[:5000]) for event in events for k, v in event["tags"].items()],
+        )
 
     def _input(self, event: dict[str, Any]) -> None:
         names = ("name", "digest", "source", "schema", "profile")

@@ -20,10 +20,11 @@ def run(module: str, *argv: str) -> list[list[str]]:
         [sys.executable, "-m", f"benchmarks.{module}", *argv],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=True,
+        check=False,
         capture_output=True,
         text=True,
     )
+    assert done.returncode == 0, done.stderr[-3000:]
     lines = [line for line in done.stdout.splitlines() if line.startswith("| ")]
     return [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines]
 
@@ -69,7 +70,7 @@ def test_a_slot_is_busy_while_its_trial_trains(tmp_path: Path) -> None:
 
 @pytest.mark.cluster
 def test_a_sweep_of_sleepers_survives_its_driver() -> None:
-    small = ["--trials", "12", "--slots", "2", "--seconds", "8"]
+    small = ["--trials", "20", "--slots", "2", "--seconds", "8"]
     cells = run("sweep_overhead", "--parts", "fake", "restore", *small)
     found = {row[0]: row[1] for row in cells}
     assert found["runs / top-level runs"].endswith("/ 1")  # that none is lost it checks itself

@@ -567,7 +567,6 @@ def test_the_champion_is_registered_once_however_often_it_is_crowned(
     }
     own = client.get_run(tracking.read_runs(sweep)["sweep"]).data
     assert own.tags["brstnet.champion"] == runs["trial"]
-    assert own.metrics["best_score"] == 0.4
 
 
 @pytest.mark.slow

@@ -156,6 +156,17 @@ def test_stores_that_would_be_scored_otherwise_are_refused(
         check_folds(plan, {"": demo_store, "fewer": other_stores["fewer"]})
 
 
+def test_as_many_spots_are_not_the_same_spots(
+    demo_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, spots = Store(demo_store.path), demo_store.spots
+    monkeypatch.setattr(other, "spots", lambda s: spots(s).replace({"spot": {"5x6": "5x7"}}))
+    plan = on_demo()
+    check_folds(plan, {"": demo_store, "other": Store(demo_store.path)})
+    with pytest.raises(ValueError, match="another validation spots"):
+        check_folds(plan, {"": demo_store, "other": other})
+
+
 def test_stores_whose_patches_differ_in_white_are_refused_unless_it_does_not_count(
     demo_store: Store, other_stores: dict[str, Store]
 ) -> None:
