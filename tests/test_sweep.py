@@ -133,8 +133,13 @@ def test_a_sweep_ends_in_a_registered_champion_that_is_judged(
     study = optuna.load_study(study_name="whole", storage=f"sqlite:///{out}/whole/optuna.db")
     assert Counter(t.state.name for t in study.trials) == {"COMPLETE": 3, "FAIL": 1}
 
-    judged = tmp_path / "judged"
-    words = ("sweeps/evaluate.py", "models:/brstnet@champion", demo_store.path, "--runs", out)
+    is_judged(out, demo_store, client)
+    goes_on_and_may_be_changed(command, out, client)
+
+
+def is_judged(out: Path, store: Store, client: MlflowClient) -> None:
+    judged = out / "judged"
+    words = ("sweeps/evaluate.py", "models:/brstnet@champion", store.path, "--runs", out)
     finish(start(*words, "--patients", "BC90006", "--out", judged), 0)
     summary = json.loads((judged / "summary.json").read_text())
     (evaluation,) = runs_of(client, "evaluation")
@@ -142,10 +147,12 @@ def test_a_sweep_ends_in_a_registered_champion_that_is_judged(
     assert set(pd.read_parquet(judged / "scores.parquet")["patient"]) == {"BC90006"}
     refused = finish(start(*words, "--patients", "BC90001", "--out", judged), 2)
     assert "cannot judge" in refused
-    page = tmp_path / "board.html"
+    page = out / "board.html"
     finish(start("dashboards/leaderboard.py", "--runs", out, "--sweep", "whole", "--out", page), 0)
     assert "held out BC90006" in page.read_text()
 
+
+def goes_on_and_may_be_changed(command: tuple, out: Path, client: MlflowClient) -> None:
     assert "champion: models:/brstnet@champion (version 1)" in finish(start(*command), 0)
     changed = finish(start(*command, "--training.epochs", "3"), 2)
     assert "a sweep of this name has another training" in changed
