@@ -408,11 +408,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(describe(plan, None))  # noqa: T201 - the command line's output
             return 0
         return sweep(plan, options)
+    except MlflowException as error:
+        sys.stderr.write(
+            f"error: MLflow is away: {error}\nnothing is lost; the same command goes on\n"
+        )
+        return 2
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("\nstopped before the first trial; the same command starts again\n")
+        sys.stderr.write("\nstopped; the same command goes on\n")
         return 130
     finally:
         ray.shutdown()
