@@ -7,6 +7,7 @@ import copy
 import itertools
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -105,6 +106,28 @@ def tradeoff_view(study: optuna.Study) -> tuple[optuna.Study, list[str]]:
     return view(study, score_and_cost, both), [*names, COST]
 
 
+def early_view(study: optuna.Study) -> tuple[optuna.Study, str]:
+    """The study as it stood at the trials' first report, those that were stopped later among them.
+
+    What survived pruning is few and alike; at the first rung every trial has a score. Returns no
+    trials where none was pruned, and the words that say when: steps are thousandths of a fold.
+    """
+    both = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+    told = [trial for trial in both if trial.intermediate_values]
+    early = optuna.create_study(direction=study.directions[0])
+    if all(trial.state == TrialState.COMPLETE for trial in told):
+        return early, " without pruning"
+    step, _ = Counter(min(trial.intermediate_values) for trial in told).most_common(1)[0]
+    for trial in told:
+        score = trial.intermediate_values.get(step, math.nan)
+        if math.isfinite(score):
+            other = copy.copy(trial)
+            other.user_attrs, other.intermediate_values = {}, {}
+            other.state, other.values = TrialState.COMPLETE, [score]
+            early.add_trial(other)
+    return early, f" after {step / 1000:g} folds"
+
+
 def complete(study: optuna.Study) -> list[FrozenTrial]:
     """The complete trials."""
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -182,13 +205,16 @@ def conditions(
 def importance_table(study: optuna.Study) -> pd.DataFrame:
     """What each parameter explains of the score, in all trials and in each branch.
 
+    Where trials were pruned, also of the score that every trial had at its first report.
     Shares add to one in a branch; where there is nothing to tell they are NaN, and `note` is why.
     """
-    direction = study.directions[0]
+    early, when = early_view(study)
     rows = [
-        row
-        for branch in branches(complete(score_view(study)))
-        for row in sorted(assess(branch, direction), key=_rank)
+        {**row, "branch": f"{row['branch']}{words}"}
+        for trials, words in ((complete(score_view(study)), ""), (complete(early), when))
+        if trials or not words
+        for branch in branches(trials)
+        for row in sorted(assess(branch, study.directions[0]), key=_rank)
     ]
     return pd.DataFrame(rows, columns=COLUMNS)
 

@@ -25,6 +25,7 @@ from sweeps.importance import (
     COLOURS,
     DRAWN,
     complete,
+    early_view,
     importance_table,
     pareto_table,
     score_view,
@@ -84,8 +85,8 @@ def counts(study: optuna.Study) -> str:
     text = f"{len(states)} trials: {ended or 'none'}."
     if "PRUNED" in states:
         text += (
-            " Importances, coordinates and slices know complete trials only: those that survived"
-            " pruning are a biased sample, in which what loses early is missing."
+            " Complete trials are those that survived pruning: a biased sample, in which what loses"
+            " early is missing. What is said of all trials goes by the score at the first report."
         )
     return text
 
@@ -98,6 +99,10 @@ def sections(study: optuna.Study, importance: pd.DataFrame, pareto: pd.DataFrame
         found = [history_section(score, name), *found]
         found += [coordinates_section(score, name), slices_section(score, name)]
         found += contour_sections(score, name, importance)
+    early, when = early_view(study)
+    if complete(early):
+        found.append(coordinates_section(early, name, f", all trials{when}"))
+        found.append(slices_section(early, name, f", all trials{when}"))
     if any(trial.intermediate_values for trial in score.get_trials(deepcopy=False)):
         found.append(curves_section(score, name))
     if complete(score):
@@ -165,15 +170,15 @@ def bars(rows: pd.DataFrame, label: str) -> go.Figure:
     return figure
 
 
-def coordinates_section(score: optuna.Study, name: str) -> Section:
+def coordinates_section(score: optuna.Study, name: str, whose: str = "") -> Section:
     """Parallel coordinates."""
     figure = draw.plot_parallel_coordinate(thinned(score), target_name=name)
     figure.for_each_annotation(
         lambda tick: tick.update(text=_short(tick.text), bgcolor="rgba(255, 255, 255, 0.7)")
     )
     return Section(
-        heading="Parallel coordinates",
-        words="A line is a complete trial, the darker the better. None: the trial did not draw "
+        heading=f"Parallel coordinates{whose}",
+        words="A line is a trial, the darker the better. None: the trial did not draw "
         "that parameter, or drew None." + _of(len(complete(score))),
         figures=[figure],
     )
@@ -201,7 +206,7 @@ def _of(count: int) -> str:
     return f" About {DRAWN} of {count} trials, evenly chosen." if count > DRAWN else ""
 
 
-def slices_section(score: optuna.Study, name: str) -> Section:
+def slices_section(score: optuna.Study, name: str, whose: str = "") -> Section:
     """The score against each parameter, a figure each: Optuna sets them all in one row."""
     params = sorted({param for trial in complete(score) for param in trial.params})
     figures = []
@@ -212,7 +217,7 @@ def slices_section(score: optuna.Study, name: str) -> Section:
         figure.update_xaxes(_log_ticks(score, param))
         figures.append(figure)
     return Section(
-        heading="Slices",
+        heading=f"Slices{whose}",
         words="The score against each parameter, over the trials that drew it; the darker the "
         "later.",
         figures=figures,

@@ -377,8 +377,8 @@ def check_same_sweep(plan: Sweep, store: Store, folder: Path) -> None:
             f"{note}: a sweep of this name has another {', '.join(changed)}, so that new trials "
             "could not be compared with its old ones: choose another --name, or remove the folder"
         )
-    note.write_text(yaml.safe_dump(mine, sort_keys=False))
-    (folder / "sweep.yaml").write_text(to_yaml(plan))
+    tracking.write_text(note, yaml.safe_dump(mine, sort_keys=False))
+    tracking.write_text(folder / "sweep.yaml", to_yaml(plan))
     if not (folder / tracking.ID_FILE).is_file():
         tracking.write_text(folder / tracking.ID_FILE, uuid.uuid4().hex)
 

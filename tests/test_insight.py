@@ -57,12 +57,12 @@ def draw_point(trial: optuna.Trial) -> tuple[float, float]:
 
 def one(trial: optuna.Trial) -> float:
     score, _ = draw_point(trial)
-    trial.report(score, 1)
+    trial.report(score, 500)
     if trial.number % 10 == 3:
         raise optuna.TrialPruned
     if trial.number % 10 == 7:
         raise RuntimeError(EVIL)
-    trial.report(score, 2)
+    trial.report(score, 2000)
     return score
 
 
@@ -135,7 +135,9 @@ def test_planted_parameter_comes_first_in_all_trials(direction: str, column: str
 
 
 def test_branches_are_named_by_what_separates_them(importance: pd.DataFrame) -> None:
-    assert list(importance["branch"].unique()) == ["all", "auxnet = True", "optimizer = sgd"]
+    found = ["all", "auxnet = True", "optimizer = sgd"]
+    early = [f"{label} after 0.5 folds" for label in found]
+    assert list(importance["branch"].unique()) == [*found, *early]
     rows = importance.groupby("branch")["parameter"].agg(set)
     assert "aux_weight" not in rows["all"]
     assert {"aux_weight", "optimizer"} < rows["auxnet = True"]
@@ -298,12 +300,33 @@ def test_page_has_its_sections_and_counts(written: Path) -> None:
         "Parameter importances",
         "Parallel coordinates",
         "Slices",
+        "Parallel coordinates, all trials after 0.5 folds",
+        "Slices, all trials after 0.5 folds",
         "Intermediate values",
         "Pareto front",
         "Timeline",
     ]
     assert "100 trials: 80 complete, 10 failed, 10 pruned." in page
     assert "biased sample" in page
+
+
+def test_pruned_trials_count_at_the_first_report() -> None:
+    """Pruning leaves alike survivors: only all trials' first scores show that x matters."""
+
+    def objective(trial: optuna.Trial) -> float:
+        x, y = trial.suggest_float("x", 0, 1), trial.suggest_float("y", 0, 1)
+        trial.report(x, 250)
+        if x < 0.9:
+            raise optuna.TrialPruned
+        return 0.1 * y
+
+    study = run(objective, 60)
+    early, when = shares.early_view(study)
+    assert when == " after 0.25 folds"
+    assert [t.value for t in early.trials] == [t.params["x"] for t in study.trials]
+    assert first(shares.importance_table(study), f"all{when}", "fanova") == "x"
+    whole = run(lambda trial: trial.suggest_float("x", 0, 1), 10)
+    assert not shares.early_view(whole)[0].trials
 
 
 def test_same_study_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -108,7 +108,8 @@ def follow(sweep: Sweep, plan: Kill, server: Server, told: int) -> None:
         return
     plan.ended_s = time.monotonic() - plan.began
     allowed = plan.done.ends or plan.phase != "training"
-    if plan.code and (not allowed or plan.code not in plan.done.codes):
+    early = sweep.said().rstrip().endswith("KeyboardInterrupt")  # while Python still imports
+    if plan.code and not early and not (allowed and plan.code in plan.done.codes):
         plan.faults.append(f"exit code {plan.code}: {sweep.said()}")
     if plan.code:
         again(sweep, plan, server, old)
