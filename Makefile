@@ -25,11 +25,11 @@ sweep: $(VENV)/.installed
 
 ## test: environment, lint, types, all tests
 test: $(VENV)/.installed-dev check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not drill"
 
 ## quick: the tests that a developer runs all the time (under 3 minutes)
 quick: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow and not cluster and not gpu and not browser"
+	$(BIN)/python -m pytest -m "not slow and not cluster and not gpu and not browser and not drill"
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -38,6 +38,7 @@ check: $(VENV)/.installed-dev
 
 ## drills: twenty kills at random moments of small real sweeps, compared with undisturbed ones
 drills: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m drill
 	PYTHONPATH=tests $(BIN)/python -m drills $(if $(SEED),--seed $(SEED))
 
 ## ui: the MLflow UI on 127.0.0.1, at the sweeps' runs

@@ -68,7 +68,7 @@ def test_a_slot_is_busy_while_its_trial_trains(tmp_path: Path) -> None:
     assert info["driver's CPU"].startswith("10% of one")
 
 
-@pytest.mark.cluster
+@pytest.mark.drill
 def test_a_sweep_of_sleepers_survives_its_driver() -> None:
     small = ["--trials", "20", "--slots", "2", "--seconds", "8"]
     cells = run("sweep_overhead", "--parts", "fake", "restore", *small)
@@ -77,7 +77,7 @@ def test_a_sweep_of_sleepers_survives_its_driver() -> None:
     assert found["slots with a process"] == "2 of 2"
 
 
-@pytest.mark.cluster
+@pytest.mark.drill
 def test_a_real_sweep_is_taken_apart() -> None:
     head, *rows = run("sweep_overhead", "--parts", "overhead", "--real_trials", "2")
     seconds = {row[0]: float(row[1].strip("*")) for row in rows}
