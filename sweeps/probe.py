@@ -20,7 +20,7 @@ from brstnet.launch import pick_device
 from brstnet.training.epoch import EVAL_BATCH, train_epoch, validate
 from brstnet.training.task import Run, prepare_task
 from brstnet.training.train import start
-from sweeps.space import Sweep, choices
+from sweeps.space import Sweep, choices, drawing_order, first_points, is_drawn
 
 COSTLY = ("backbone", "store", "input_px", "frozen", "batch_size")
 """What makes a trial's epoch take longer; the first is always told apart, the others while few."""
@@ -75,6 +75,16 @@ def _product(lists: dict[str, list[Any]]) -> int:
     return int(np.prod([len(values) for values in lists.values()]))
 
 
+def typical(sweep: Sweep) -> dict[str, Any]:
+    """A point that the space reaches: the paper's values, and the first choice of what it lacks."""
+    point = dict(first_points(sweep)[0])
+    for name in drawing_order(sweep.space):
+        if name not in point and is_drawn(name, sweep.space, point):
+            listed, values = choices(sweep.space[name]), sweep.space[name]
+            point[name] = listed[0] if listed is not None else values["low"]
+    return point
+
+
 def probe(
     sweep: Sweep, stores: dict[str, Path], gpus_per_worker: float, points: Sequence[dict[str, Any]]
 ) -> list[Speed]:
@@ -89,7 +99,7 @@ def probe(
 def _probe(sweep: Sweep, store: Path, point: dict[str, Any]) -> Speed:
     torch.set_num_threads(sweep.cpus_per_worker)
     try:
-        settings = sweep.settings(point)
+        settings = sweep.settings({**typical(sweep), **point})
         share = max(2, settings.training.batch_size // sweep.workers_per_trial)
         training = replace(settings.training, batch_size=share)
         speed = measure(Store(store), replace(settings, training=training), point)

@@ -115,6 +115,7 @@ def rung_plan() -> Plan:
             stopping="fixed",
         ),
         space={"learning_rate": [0.02]},
+        grace_folds=0.25,
         reduction_factor=2,
         trials=1,
     )
