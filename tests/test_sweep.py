@@ -125,7 +125,7 @@ def test_a_sweep_ends_in_a_registered_champion_that_is_judged(
     assert version.run_id == crowned
     assert crowned in {t.info.run_id for t in complete}
     assert sweep.data.metrics["best_score"] == pytest.approx(best.data.metrics["score"])
-    assert {a.path for a in client.list_artifacts(sweep.info.run_id)} == {"asked", "insight"}
+    assert {a.path for a in client.list_artifacts(sweep.info.run_id)} == {"sweep.yaml", "insight"}
     card = (out / "whole" / "champion" / "README.md").read_text()
     assert "held out BC90006" in card
     assert not (out / "whole" / "refused.jsonl").exists()
