@@ -23,9 +23,11 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, CmaEsSampler, RandomSampler, TPESampler
-from optuna.storages import RDBStorage
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from sweeps.events import mend
 from sweeps.pruning import pruner_of
 from sweeps.space import Asked, Sweep, first_points, suggest
 
@@ -334,10 +336,10 @@ def open_study(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.simplefilter("ignore", ExperimentalWarning)  # TPE's `group`, chosen knowingly
     warnings.filterwarnings("ignore", message="The reported value is ignored")  # of resumed folds
-    storage = RDBStorage(
-        f"sqlite:///{folder.resolve() / 'optuna.db'}",
-        engine_kwargs={"connect_args": {"timeout": 60}},
-    )
+    journal = folder / "optuna.jsonl"
+    mend(journal)
+    Path(f"{journal}.lock").unlink(missing_ok=True)  # a killed driver's; the folder is this one's
+    storage = JournalStorage(JournalFileBackend(str(journal)))
     both = sweep.objective == "score_and_cost"
     study = optuna.create_study(
         storage=storage,

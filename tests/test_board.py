@@ -38,13 +38,14 @@ def _unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _studies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What survives a driver is kept in memory: a database on disk waits for each write.
+    """What survives a driver is kept in memory: a journal on disk waits for each line.
 
     Tests that ask for `on_disk` have the real one.
     """
     if "on_disk" not in request.fixturenames:
-        at = functools.cache(lambda url: InMemoryStorage())
-        monkeypatch.setattr(boards, "RDBStorage", lambda url, **_: at(url))
+        at = functools.cache(lambda file: InMemoryStorage())
+        monkeypatch.setattr(boards, "JournalFileBackend", str)
+        monkeypatch.setattr(boards, "JournalStorage", at)
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ import optuna
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 
 from brstnet.data.store import Store
 
@@ -75,6 +77,10 @@ def runs_of(client: MlflowClient, kind: str, parent: str | None = None) -> list:
     return list(client.search_runs([experiment.experiment_id], where, max_results=1000))
 
 
+def journal(folder: Path) -> JournalStorage:
+    return JournalStorage(JournalFileBackend(str(folder / "optuna.jsonl")))
+
+
 def test_a_sweep_ends_in_a_registered_champion_that_is_judged(
     demo_store: Store, tmp_path: Path
 ) -> None:
@@ -130,7 +136,7 @@ def test_a_sweep_ends_in_a_registered_champion_that_is_judged(
     assert "held out BC90006" in card
     assert not (out / "whole" / "refused.jsonl").exists()
 
-    study = optuna.load_study(study_name="whole", storage=f"sqlite:///{out}/whole/optuna.db")
+    study = optuna.load_study(study_name="whole", storage=journal(out / "whole"))
     assert Counter(t.state.name for t in study.trials) == {"COMPLETE": 3, "FAIL": 1}
 
     is_judged(out, demo_store, client)
@@ -193,7 +199,7 @@ def test_a_stopped_sweep_resumes_where_it_was(demo_store: Store, tmp_path: Path)
         for fold in folds:
             history = client.get_metric_history(fold.info.run_id, "train_loss")
             assert sorted({m.step for m in history}) == list(range(6))
-    study = optuna.load_study(study_name="stopped", storage=f"sqlite:///{out}/stopped/optuna.db")
+    study = optuna.load_study(study_name="stopped", storage=journal(out / "stopped"))
     assert Counter(t.state.name for t in study.trials) == {"COMPLETE": 2, "FAIL": 1}
 
 

@@ -519,14 +519,18 @@ def test_killed_again_and_again_it_gives_the_same_bits(
     name: str,
     steps: int,
 ) -> None:
-    """Each process dies after its second or third step, whatever is being written then."""
+    """Each process dies after its second or third step, whatever is being written then.
+
+    On a busy machine nothing may be saved before it dies: later processes live longer.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["brstnet.training.train", "runs"])
     kills = 0
-    for _ in range(EPOCHS * STEPS):
+    for attempt in range(3 * EPOCHS * STEPS):
+        lives = steps + attempt // (EPOCHS * STEPS)
         child = context.Process(
             target=be_killed,
-            args=(demo_store.path, resumed(settings, name), tmp_path / "a", steps),
+            args=(demo_store.path, resumed(settings, name), tmp_path / "a", lives),
         )
         child.start()
         child.join(120)

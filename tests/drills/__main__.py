@@ -93,6 +93,7 @@ def drill(variant: str, kills: list[Kill], folder: Path, store: Path, server: Se
             plan.differ = len(found) if plan not in left else 0
         for plan in left:
             plan.tries += 1
+            plan.moment_s /= 2  # it came too late
             if plan.tries == TRIES:
                 plan.faults.append(f"nobody to kill in {TRIES} sweeps")
         kills = [*(plan for plan in left if plan.tries < TRIES), *kills]

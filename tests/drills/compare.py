@@ -10,6 +10,8 @@ from typing import Any
 import optuna
 import pandas as pd
 from mlflow import MlflowClient
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 
 from drills.sweep import Sweep
 from sweeps.courier import STATUS
@@ -88,7 +90,7 @@ def fold(file: Path) -> dict[str, Any]:
 
 def study(folder: Path, sweep: str) -> Iterator[dict[str, Any]]:
     """The trials as Optuna has them."""
-    storage = f"sqlite:///{folder / 'optuna.db'}"
+    storage = JournalStorage(JournalFileBackend(str(folder / "optuna.jsonl")))
     for one in optuna.load_study(study_name=sweep, storage=storage).trials:
         yield {
             "number": one.number,

@@ -50,9 +50,9 @@ training:
 """
 
 VARIANTS = {
-    "search": "  epochs: 12\ntrials: 6\nsearch: random\npruning: none\nconcurrent_trials: 2\n",
+    "search": "  epochs: 18\ntrials: 6\nsearch: random\npruning: none\nconcurrent_trials: 2\n",
     "asha": (
-        "  epochs: 8\ntrials: 8\nsearch: tpe\npruning: asha\nconcurrent_trials: 1\n"
+        "  epochs: 12\ntrials: 8\nsearch: tpe\npruning: asha\nconcurrent_trials: 1\n"
         "grace_folds: 0.25\nreduction_factor: 2\n"
     ),
     "workers": (
