@@ -1,4 +1,4 @@
-"""Command line: prepare, info, train, evaluate, demo-data."""
+"""Command line: prepare, info, train, evaluate, push, demo-data."""
 
 import json
 import signal
@@ -25,6 +25,8 @@ from brstnet.data.synthetic import Demo, make_demo
 from brstnet.launch import pick_device, restart_with_allocator
 
 # torch takes seconds to import: only the commands that need it do.
+
+STORE = "patch store: a folder, or its address such as s3://BUCKET/NAME"
 
 
 def make_parser(preset_name: str | None = None) -> Parser:
@@ -65,15 +67,15 @@ def _prepare(args: Namespace) -> None:
 
 
 def _info_options(parser: Parser) -> None:
-    parser.add_argument("store", type=Path)
+    parser.add_argument("store", help=STORE)
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument("--verify", action="store_true", help="compare every file with its hash")
 
 
 def _info(args: Namespace) -> None:
-    from brstnet.data.store import Store
+    from brstnet.data.mirror import open_store
 
-    store = Store(args.store)
+    store = open_store(args.store, patches=args.verify)
     _say(json.dumps(store.info(), indent=1) if args.json else _describe(store.info()))
     if args.verify:
         if damaged := store.verify():
@@ -113,7 +115,7 @@ def _describe(info: Mapping[str, Any]) -> str:
 
 
 def _train_options(parser: Parser) -> None:
-    parser.add_argument("store", type=Path)
+    parser.add_argument("store", help=STORE)
     _preset_option(parser)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML: protocol and training")
     parser.add_argument("--fold", type=int, default=0, help="-1: all, and nobody validates")
@@ -124,7 +126,7 @@ def _train_options(parser: Parser) -> None:
 
 
 def _train(args: Namespace) -> None:
-    from brstnet.data.store import Store
+    from brstnet.data.mirror import open_store
     from brstnet.training import distributed
     from brstnet.training.train import fit
 
@@ -149,7 +151,7 @@ def _train(args: Namespace) -> None:
                 f"{note['memory_gb']:.1f} GB"
             )
 
-        store = Store(args.store)
+        store = open_store(args.store)
         result = fit(
             store, settings, args.fold, out, device=device, on_epoch=on_epoch, on_step=on_step
         )
@@ -195,7 +197,7 @@ class Stopper:
 
 def _evaluate_options(parser: Parser) -> None:
     parser.add_argument("checkpoints", type=Path, nargs="+", help="several: their mean")
-    parser.add_argument("store", type=Path)
+    parser.add_argument("store", help=STORE)
     parser.add_argument("--patients", nargs="+", required=True, help="held-out patients")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--gene_groups", type=Path, help="parquet: gene, group, maybe ceiling")
@@ -203,13 +205,13 @@ def _evaluate_options(parser: Parser) -> None:
 
 
 def _evaluate(args: Namespace) -> None:
-    from brstnet.data.store import Store
+    from brstnet.data.mirror import open_store
     from brstnet.evaluation.evaluate import evaluate
     from brstnet.evaluation.tables import describe_summary
 
     result = evaluate(
         args.checkpoints,
-        Store(args.store),
+        open_store(args.store, patches=False),  # those of the patients are copied
         args.patients,
         args.out,
         device=pick_device(args.device),
@@ -217,6 +219,18 @@ def _evaluate(args: Namespace) -> None:
     )
     _say(describe_summary(result.summary))
     _say(f"written to {args.out}")
+
+
+def _push_options(parser: Parser) -> None:
+    parser.add_argument("store", type=Path, help="patch store to upload")
+    parser.add_argument("uri", help="where to: s3://BUCKET/NAME, gs://BUCKET/NAME, file:///FOLDER")
+    parser.add_argument("--replace", action="store_true", help="remove another store that is there")
+
+
+def _push(args: Namespace) -> None:
+    from brstnet.data.mirror import push
+
+    _say(push(args.store, args.uri, replace=args.replace))
 
 
 def _demo_options(parser: Parser) -> None:
@@ -236,6 +250,7 @@ COMMANDS = {
     "info": (_info_options, "what a store holds, and what was lost and why", _info),
     "train": (_train_options, "one fold of one configuration", _train),
     "evaluate": (_evaluate_options, "judge checkpoints on held-out patients", _evaluate),
+    "push": (_push_options, "a store to object storage, for all machines", _push),
     "demo-data": (_demo_options, "synthetic tissue in the stnet layout", _demo),
 }
 
@@ -262,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}{notes}\n")
         return 2
     except KeyboardInterrupt:
-        again = {"train": "step", "prepare": "section"}.get(command)
+        again = {"train": "step", "prepare": "section", "push": "file"}.get(command)
         goes_on = f"; the same command goes on at the {again} it was at" if again else ""
         sys.stderr.write(f"\nstopped{goes_on}\n")
         return 130

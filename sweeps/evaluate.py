@@ -3,6 +3,7 @@
 python sweeps/evaluate.py models:/brstnet@champion STORE --patients B --out DIR
 """
 
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -11,9 +12,10 @@ from pathlib import Path
 from jsonargparse import Namespace
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
+from mlflow.exceptions import MlflowException
 
 from brstnet.config import Parser
-from brstnet.data.store import Store
+from brstnet.data.mirror import open_store
 from brstnet.evaluation.evaluate import Evaluation, evaluate
 from brstnet.evaluation.tables import describe_summary
 from brstnet.launch import pick_device
@@ -24,11 +26,17 @@ def make_parser() -> Parser:
     """The command line."""
     parser = Parser(prog="sweeps/evaluate.py", description="Judge a registered model.")
     parser.add_argument("model", help="such as models:/brstnet@champion or models:/brstnet/3")
-    parser.add_argument("store", type=Path)
+    parser.add_argument(
+        "store", help="patch store: a folder or an address, such as s3://BUCKET/NAME"
+    )
     parser.add_argument("--patients", nargs="+", required=True, help="held-out patients")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="the sweeps' folder")
-    parser.add_argument("--tracking_uri", help="MLflow server; default: the database in --runs")
+    parser.add_argument("--runs", type=Path, default=tracking.runs_folder(), help="of the sweeps")
+    parser.add_argument(
+        "--tracking_uri",
+        default=os.environ.get("MLFLOW_TRACKING_URI"),
+        help="MLflow server; default: MLFLOW_TRACKING_URI, or the database in --runs",
+    )
     parser.add_argument("--gene_groups", type=Path, help="parquet: gene, group, maybe ceiling")
     parser.add_argument("--device", default="auto")
     return parser
@@ -47,10 +55,13 @@ def judge(options: Namespace) -> Evaluation:
     client = tracking.connect(uri)
     version = tracking.find_version(client, options.model)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = download_artifacts(version.source, dst_path=scratch, tracking_uri=uri)
+        try:
+            folder = download_artifacts(version.source, dst_path=scratch, tracking_uri=uri)
+        except MlflowException as error:
+            raise ValueError(f"{options.model}: {version.source} cannot be had: {error}") from error
         result = evaluate(
             [Path(folder)],
-            Store(options.store),
+            open_store(options.store, patches=False),  # those of the patients are copied
             options.patients,
             options.out,
             device=pick_device(options.device),

@@ -68,7 +68,7 @@ def _describe_range(values: list[Any] | Mapping[str, Any]) -> str:
 
 def _describe_folds(sweep: Sweep, store: Store) -> list[str]:
     key = sweep.protocol.group
-    lines = [f"store: {store.path} ({store.digest})"]
+    lines = [f"store: {store.origin} ({store.digest})"]
     for fold in make_folds(store, sweep.protocol):
         groups = sorted({store.sections[name][key] for name in fold.validation})
         spots = sum(store.sections[name]["spots_kept"] for name in fold.train)
@@ -99,7 +99,7 @@ def check_folds(sweep: Sweep, stores: Mapping[str, Store]) -> None:
     scored: dict[int, list[Any]] = {}
     for name, store in stores.items():
         for fold in make_folds(store, sweep.protocol):
-            fitted = fit_statistics(store, fold, settings)
+            fitted = fit_statistics(store, fold, settings, images=False)
             leak_gate(store, fold, fitted, sweep.protocol)
             _check_alike(name, store, fold, fitted, scored)
 
@@ -119,7 +119,7 @@ def _check_alike(
     for (what, here), (_, there) in zip(mine, first, strict=True):
         if here != there:
             raise ValueError(
-                f"{store.path}: store {name or 'of the sweep'} has another {what} in fold "
+                f"{store.origin}: store {name or 'of the sweep'} has another {what} in fold "
                 f"{fold.number} than the sweep's own, so that trials on it could not be compared: "
                 "prepare both from the same raw folder with the same min_counts, and if only the "
                 "window or the stain differs set protocol.max_white_fraction to 1"

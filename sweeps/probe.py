@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from brstnet.config import Settings
+from brstnet.data.mirror import open_store
 from brstnet.data.store import Store
 from brstnet.launch import pick_device
 from brstnet.training.epoch import EVAL_BATCH, train_epoch, validate
 from brstnet.training.task import Run, prepare_task
 from brstnet.training.train import start
+from sweeps.nodes import check_gpu
 from sweeps.space import Sweep, choices, drawing_order, first_points, is_drawn
 
 COSTLY = ("backbone", "store", "input_px", "frozen", "batch_size")
@@ -86,23 +88,28 @@ def typical(sweep: Sweep) -> dict[str, Any]:
 
 
 def probe(
-    sweep: Sweep, stores: dict[str, Path], gpus_per_worker: float, points: Sequence[dict[str, Any]]
+    sweep: Sweep, stores: dict[str, str], gpus_per_worker: float, points: Sequence[dict[str, Any]]
 ) -> list[Speed]:
     """Measure kinds of trials on the cluster's workers, as many at once as fit."""
     task = ray.remote(num_cpus=sweep.cpus_per_worker, num_gpus=gpus_per_worker, max_retries=1)(
         _probe
     )
-    waiting = [task.remote(sweep, stores[point.get("store", "")], point) for point in points]
+    where = [stores[point.get("store", "")] for point in points]
+    waiting = [
+        task.remote(sweep, store, point, gpus_per_worker)
+        for store, point in zip(where, points, strict=True)
+    ]
     return list(ray.get(waiting))
 
 
-def _probe(sweep: Sweep, store: Path, point: dict[str, Any]) -> Speed:
+def _probe(sweep: Sweep, store: str, point: dict[str, Any], gpus: float = 0.0) -> Speed:
+    check_gpu(gpus)
     torch.set_num_threads(sweep.cpus_per_worker)
     try:
         settings = sweep.settings({**typical(sweep), **point})
         share = max(2, settings.training.batch_size // sweep.workers_per_trial)
         training = replace(settings.training, batch_size=share)
-        speed = measure(Store(store), replace(settings, training=training), point)
+        speed = measure(open_store(store), replace(settings, training=training), point)
         # A step takes a share of every worker, and each validates its part.
         return replace(
             speed,

@@ -63,9 +63,9 @@ def describe_store(store: Store) -> dict[str, str]:
     """A store as an MLflow dataset."""
     profile = {"sections": len(store.sections), "patients": len(store.patients)}
     return {
-        "name": store.path.name,
+        "name": store.name,
         "digest": store.digest,
-        "source": json.dumps({"path": str(store.path), "prepare": store.index["prepare"]}),
+        "source": json.dumps({"path": store.origin, "prepare": store.index["prepare"]}),
         "schema": json.dumps({"genes": store.index["genes"], "input_px": store.input_px}),
         "profile": json.dumps(profile),
     }

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from brstnet.config import Settings, Training, build, read_yaml, to_yaml
-from brstnet.data.store import Store
+from brstnet.data.mirror import open_store
 from brstnet.training.folds import ALL
 from brstnet.training.keep import FitResult, finished
 from brstnet.training.train import OnEpoch, fit
@@ -83,7 +83,7 @@ def median_epochs(candidate: Candidate, folds: int) -> int:
 
 
 def refit(
-    store: Path,
+    store: str,
     settings: Settings,
     out: Path,
     device: torch.device,
@@ -92,7 +92,7 @@ def refit(
     """Train on all folds' sections; the same call goes on where it was stopped.
 
     Args:
-        store: the patch store's folder.
+        store: where the patch store is.
         settings: what `refit_settings` gave.
         out: what `refit_folder` gave.
         device: where to train.
@@ -101,7 +101,7 @@ def refit(
     """
     out.mkdir(parents=True, exist_ok=True)
     (out / SETTINGS).write_text(to_yaml(settings))
-    result = fit(Store(store), settings, ALL, out, device=device, on_epoch=on_epoch or _quiet)
+    result = fit(open_store(store), settings, ALL, out, device=device, on_epoch=on_epoch or _quiet)
     (result.folder / "optimizer.safetensors").unlink(missing_ok=True)  # it is not gone on from
     return result
 

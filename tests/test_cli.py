@@ -22,7 +22,8 @@ from trainings import same_bits, train, with_training
 import brstnet
 from brstnet import __main__ as cli
 from brstnet.config import Prepare, Settings, build, read_yaml, to_yaml
-from brstnet.data.store import FORMAT, VERSION, Store
+from brstnet.data.index import FORMAT, VERSION
+from brstnet.data.store import Store
 from brstnet.training.checkpoint import read_facts
 from brstnet.training.keep import finished, read_progress
 from brstnet.training.step import train_step
@@ -262,7 +263,7 @@ def test_faults_of_a_settings_file(
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
-        ([], 'expected "subcommand" to be one of {prepare,info,train,evaluate,demo-data}'),
+        ([], 'expected "subcommand" to be one of {prepare,info,train,evaluate,push, ...}'),
         (["prepar"], "invalid choice: 'prepar'"),
         (["prepare", "raw"], "arguments are required: prepare.store"),
         (["prepare", "raw", "store", "--layout", "visium"], "Got value: visium"),

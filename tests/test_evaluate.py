@@ -388,6 +388,8 @@ def without_genes(store: Store, folder: Path, lacking: list[str]) -> Store:
     adata[:, ~adata.var_names.isin(lacking)].copy().write_h5ad(file)
     genes = store.genes[~store.genes.index.isin(lacking)]
     genes.to_parquet(folder / "genes.parquet")
+    index = {**other.index, "genes": len(genes)}
+    (folder / "index.json").write_text(json.dumps(index))
     return Store(other.path)
 
 
@@ -709,7 +711,7 @@ def test_the_stored_validation_scores_are_those_of_the_stored_model(
 
 def test_the_map_of_a_fold_shows_its_best_genes(trained: Path, demo_store: Store) -> None:
     folder = trained / "fold_1" / "last"
-    figure = validation.gene_map(folder, demo_store)
+    figure = validation.gene_map(folder, demo_store, torch.device("cpu"))
     section = checkpoint.load(folder).fold.validation[0]
     stored = pd.read_parquet(folder / "validation.parquet")
     best = stored[stored["section"] == section].nlargest(plots.MAPPED_GENES, "pcc")
@@ -733,7 +735,8 @@ def test_several_sections_are_scored_apart_and_the_median_taken(
         shutil.copytree(one.path / SECTION, folder)
         np.save(folder / "patches.npy", np.array(one.patches(SECTION)[part]))
         anndata.read_h5ad(folder / "spots.h5ad")[part].copy().write_h5ad(folder / "spots.h5ad")
-        index["sections"].append({**entry, "section": folder.name})
+        kept = len(np.load(folder / "patches.npy", mmap_mode="r"))
+        index["sections"].append({**entry, "section": folder.name, "spots_kept": kept})
     (one.path / "index.json").write_text(json.dumps(index))
     found = judge(trained, Store(one.path), tmp_path / "out")
     pcc = found.scores[found.scores["metric"] == "pcc"].pivot_table(

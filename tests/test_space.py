@@ -80,7 +80,7 @@ def test_settings_are_overridden_by_their_own_name() -> None:
     )
     assert (plan.name, plan.trials, plan.training.epochs) == ("demo", 2, 1)
     assert plan.protocol == read_sweep(SWEEPS / "demo.yaml").protocol
-    assert options.store == Path("S")
+    assert options.store == "S"
 
 
 def test_misspelt_setting_of_a_sweep_names_the_valid_ones(

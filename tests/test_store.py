@@ -19,10 +19,11 @@ from tiny_raw import GENES, content, put, put_slide, text, tiny, write_her2st, w
 
 from brstnet.config import Prepare
 from brstnet.data import stain
+from brstnet.data.index import FORMAT, VERSION, partial_path
 from brstnet.data.patches import open_image, resize, white_mask
 from brstnet.data.prepare import choose_target, prepare
 from brstnet.data.readers import stnet
-from brstnet.data.store import FORMAT, VERSION, Store, partial_path
+from brstnet.data.store import Store
 
 SETTINGS = Prepare(stain="none", min_counts=10, window_px=16, input_px=16)
 GENES_OF = {
@@ -272,7 +273,7 @@ def test_another_format_is_refused(copied: Path) -> None:
 def test_a_damaged_index_is_named(copied: Path) -> None:
     text = (copied / "index.json").read_text()
     (copied / "index.json").write_text(text[: len(text) // 2])
-    with pytest.raises(ValueError, match=r"index\.json: the index is damaged"):
+    with pytest.raises(ValueError, match=r"index\.json: damaged"):
         Store(copied)
 
 

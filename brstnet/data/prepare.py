@@ -14,11 +14,12 @@ from brstnet import __version__
 from brstnet.config import Prepare, fingerprint, plain
 from brstnet.data import stain
 from brstnet.data.genes import name_genes, strip_version
+from brstnet.data.index import FORMAT, VERSION, partial_path
 from brstnet.data.patches import read_slide, slide_size
 from brstnet.data.readers import her2st, stnet
 from brstnet.data.sections import Faults, Listing, RawSection, SectionFiles, check_inside
 from brstnet.data.shard import filter_spots, write_section
-from brstnet.data.store import FORMAT, VERSION, Store, partial_path, sha256
+from brstnet.data.store import Store, sha256
 
 READERS = {"stnet": stnet, "her2st": her2st}
 

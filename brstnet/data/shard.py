@@ -13,6 +13,7 @@ import pandas as pd
 from brstnet.config import Prepare
 from brstnet.data import stain
 from brstnet.data.genes import strip_version
+from brstnet.data.index import SECTION_FILES
 from brstnet.data.patches import (
     corners,
     crosses_border,
@@ -22,7 +23,7 @@ from brstnet.data.patches import (
     white_mask,
 )
 from brstnet.data.sections import RawSection, um_per_px
-from brstnet.data.store import SECTION_FILES, sha256
+from brstnet.data.store import sha256
 
 
 def write_section(

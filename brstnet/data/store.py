@@ -9,7 +9,6 @@ STORE/derived/<hash>.npy    shrunk patches, features of frozen backbones; may be
 """
 
 import hashlib
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,11 +23,9 @@ import pandas as pd
 from scipy import sparse
 
 from brstnet.config import fingerprint
+from brstnet.data.guarded import inside, map_array, read_counts, read_table
+from brstnet.data.index import TABLE, digest, hashes, read_index
 from brstnet.data.patches import resize
-
-FORMAT = "brstnet-store"
-VERSION = 1
-SECTION_FILES = ("patches.npy", "spots.h5ad", "ledger.parquet")
 
 
 class Store:
@@ -36,22 +33,40 @@ class Store:
 
     Args:
         path: the store's folder.
+        origin: where it is a copy from.
+        address: what another process opens to get the same store; the folder, if it is no copy.
+        bring: brings a section's patches, where the copy is made as they are asked for.
 
     Raises:
         FileNotFoundError: there is no store, or a file of it is missing.
-        ValueError: the folder is no store, or one of a newer format.
+        ValueError: the folder is no store, one of a newer format, or leads out of itself.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        origin: str | None = None,
+        address: str | None = None,
+        bring: Callable[[str], None] | None = None,
+    ) -> None:
         self.path = Path(path)
+        self.origin = origin or str(path)
+        self.address = address or str(self.path.resolve())
+        self._bring = bring
         self._at_hand: dict[str, anndata.AnnData] | None = None
         self.index = read_index(self.path)
-        names = [f"{e['section']}/{name}" for e in self.index["sections"] for name in SECTION_FILES]
-        for name in ("genes.parquet", *names):
-            if not (file := self.path / name).is_file():
+        for name in (TABLE, *hashes(self.index)):
+            file = inside(self.path, name)
+            if not file.is_file() and not (bring and file.name == "patches.npy"):
                 raise FileNotFoundError(
                     f"{file}: missing from the store; remove the store and prepare it again"
                 )
+
+    @property
+    def name(self) -> str:
+        """What the store is called where it comes from."""
+        return self.origin.rstrip("/").rpartition("/")[2]
 
     @cached_property
     def sections(self) -> dict[str, dict[str, Any]]:
@@ -66,12 +81,18 @@ class Store:
     @cached_property
     def genes(self) -> pd.DataFrame:
         """All genes of the store, index `gene` (id), column `symbol`."""
-        return pd.read_parquet(self.path / "genes.parquet")
+        table = read_table(inside(self.path, TABLE))
+        if len(table) != self.index["genes"] or "symbol" not in table:
+            raise ValueError(
+                f"{self.path / TABLE}: must have {self.index['genes']} genes and the column "
+                f"symbol, has {len(table)} and {', '.join(map(str, table.columns))}"
+            )
+        return table
 
     @property
     def digest(self) -> str:
         """Twelve hexadecimal digits that stand for the store's whole content."""
-        return fingerprint([(e["section"], e["files"]) for e in self.index["sections"]])
+        return digest(self.index)
 
     @property
     def input_px(self) -> int:
@@ -98,7 +119,7 @@ class Store:
         folder, in `derived/`.
         """
         if side_px in (None, self.input_px):
-            return _mapped(self.path / section / "patches.npy")
+            return self._whole_patches(section)
         made_of = {"patches": self.sections[section]["files"]["patches.npy"], "side_px": side_px}
 
         def shrink() -> np.ndarray:
@@ -107,6 +128,27 @@ class Store:
 
         return self.derived(made_of, shrink)
 
+    def _whole_patches(self, section: str) -> np.ndarray:
+        file = self._file(section, "patches.npy")
+        if self._bring is not None:
+            self._bring(section)
+        patches = map_array(file)
+        expected = (self.sections[section]["spots_kept"], self.input_px, self.input_px, 3)
+        if patches.shape != expected or patches.dtype != np.uint8:
+            raise ValueError(
+                f"{file}: must be uint8 {expected}, as the index says, is {patches.dtype} "
+                f"{patches.shape}: prepare the store again"
+            )
+        return patches
+
+    def _file(self, section: str, name: str) -> Path:
+        """A section's file; the section may be named by a checkpoint that somebody else made."""
+        if section not in self.sections:
+            raise ValueError(
+                f"{self.origin}: no section {section!r}; it has {', '.join(self.sections)}"
+            )
+        return inside(self.path, f"{section}/{name}")
+
     def derived(self, made_of: Mapping[str, Any], make: Callable[[], np.ndarray]) -> np.ndarray:
         """What follows from the store's content, made once and kept beside it, memory-mapped.
 
@@ -114,16 +156,16 @@ class Store:
             made_of: everything that it follows from; its hash is the file's name.
             make: makes it, if it is not there yet. Who may not write there makes it each time.
         """
-        file = self.path / "derived" / f"{fingerprint(made_of)}.npy"
+        file = inside(self.path, f"derived/{fingerprint(made_of)}.npy")
         if file.is_file():
-            return _mapped(file)
+            return map_array(file)
         array = make()
         scratch = file.with_name(f"{file.stem}.{os.getpid()}.tmp.npy")
         try:
             file.parent.mkdir(exist_ok=True)
             np.save(scratch, array)
             scratch.rename(file)
-            return _mapped(file)
+            return map_array(file)
         except OSError as error:
             scratch.unlink(missing_ok=True)
             warnings.warn(
@@ -159,7 +201,7 @@ class Store:
 
     def ledger(self, section: str) -> pd.DataFrame:
         """Every raw spot of a section, with `status` kept or the reason it was not."""
-        return pd.read_parquet(self.path / section / "ledger.parquet")
+        return read_table(self._file(section, "ledger.parquet"))
 
     @contextmanager
     def read_once(self) -> Iterator[None]:
@@ -172,17 +214,25 @@ class Store:
 
     def _adata(self, section: str) -> anndata.AnnData:
         if self._at_hand is None:
-            return anndata.read_h5ad(self.path / section / "spots.h5ad")
+            return self._read_spots(section)
         if section not in self._at_hand:
-            self._at_hand[section] = anndata.read_h5ad(self.path / section / "spots.h5ad")
+            self._at_hand[section] = self._read_spots(section)
         return self._at_hand[section]
+
+    def _read_spots(self, section: str) -> anndata.AnnData:
+        file = self._file(section, "spots.h5ad")
+        adata, kept = read_counts(file), self.sections[section]["spots_kept"]
+        if adata.n_obs != kept or not adata.var_names.isin(self.genes.index).all():
+            raise ValueError(
+                f"{file}: must have {kept} spots, as the index says, and no genes but the store's, "
+                f"has {adata.n_obs} and {adata.n_vars} genes: prepare the store again"
+            )
+        return adata
 
     def verify(self) -> list[str]:
         """Read every file and compare it with its hash; the names of those that differ."""
-        hashes = dict(self.index.get("files", {}))
-        for section, entry in self.sections.items():
-            hashes |= {f"{section}/{name}": expected for name, expected in entry["files"].items()}
-        return [name for name, expected in hashes.items() if sha256(self.path / name) != expected]
+        expected = hashes(self.index)
+        return [n for n, value in expected.items() if sha256(inside(self.path, n)) != value]
 
     def info(self) -> dict[str, Any]:
         """Facts for people and programs: what `brstnet info --json` prints."""
@@ -194,44 +244,6 @@ class Store:
             "sections": self.index["sections"],
             "left_alone": self.index["left_alone"],
         }
-
-
-def _mapped(file: Path) -> np.ndarray:
-    array: np.ndarray = np.load(file, mmap_mode="r")
-    return array
-
-
-def read_index(path: Path) -> dict[str, Any]:
-    """The index of the store at `path`.
-
-    Raises:
-        FileNotFoundError: there is no store.
-        ValueError: the folder is something else, or of a newer format.
-    """
-    file = path / "index.json"
-    if not file.is_file():
-        partial = " (a half-written one waits beside it: run prepare again to finish it)"
-        hint = partial if partial_path(path).is_dir() else ""
-        raise FileNotFoundError(f"{path}: no patch store here{hint}; brstnet prepare makes one")
-    try:
-        index: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{file}: the index is damaged: {error}; prepare the store again"
-        ) from error
-    if index.get("format") != FORMAT:
-        raise ValueError(f"{file}: format is {index.get('format')!r}, a store has {FORMAT!r}")
-    if index["version"] > VERSION:
-        raise ValueError(
-            f"{file}: the store has format version {index['version']}, this brstnet reads up to "
-            f"{VERSION}: update brstnet, or prepare the store again"
-        )
-    return index
-
-
-def partial_path(store: Path) -> Path:
-    """Where a store is written before it is whole."""
-    return store.with_name(store.name + ".partial")
 
 
 def sha256(path: Path) -> str:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 
 from brstnet.config import plain
@@ -11,7 +12,6 @@ from brstnet.evaluation import plots
 from brstnet.evaluation.evaluate import measured, scored_genes, standardise
 from brstnet.evaluation.export import to_anndata
 from brstnet.evaluation.predict import load_ensemble, predict_mean
-from brstnet.launch import pick_device
 
 
 def gene_table(checkpoint: Path) -> pd.DataFrame:
@@ -22,9 +22,9 @@ def gene_table(checkpoint: Path) -> pd.DataFrame:
     return wide.sort_values("mean", ascending=False).reset_index()
 
 
-def gene_map(checkpoint: Path, store: Store) -> Figure:
+def gene_map(checkpoint: Path, store: Store, device: torch.device) -> Figure:
     """Measured and predicted expression of the best genes on the first validation section."""
-    ensemble = load_ensemble([checkpoint], pick_device())
+    ensemble = load_ensemble([checkpoint], device)
     member = ensemble.members[0]
     section, protocol = member.fold.validation[0], member.settings.protocol
     genes = scored_genes(ensemble, store)

@@ -25,17 +25,22 @@ import pandas as pd
 import safetensors.torch
 import timm
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from brstnet import __version__
 from brstnet.config import Settings, build, plain
+from brstnet.data.guarded import inside, read_json, read_table
 from brstnet.data.store import Store
 from brstnet.training.fitted import Fitted
 from brstnet.training.folds import Fold
-from brstnet.training.model import BrSTNet, build_backbone, create, with_heads
+from brstnet.training.model import SOURCES, BrSTNet, build_backbone, create, with_heads
 
 FORMAT = "brstnet-checkpoint"
 VERSION = 1
+
+NEVER = ("checkpoint", "pretrained", "cache", "model_cfg", "feature_cfg", "features_only", "kwargs")
+"""How arguments of timm begin that say where to read something, and no network's shape."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +186,7 @@ def restore_state(
     The file has no memory layout; each tensor gets its parameter's again, as the fused update walks
     through memory without looking at strides.
     """
-    tensors = safetensors.torch.load_file(path / "optimizer.safetensors")
+    tensors = read_tensors(path, "optimizer.safetensors")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     restored: dict[int, dict[str, Tensor]] = {}
     weights = {}
@@ -220,12 +225,12 @@ def read_facts(path: Path) -> dict[str, Any]:
     file = path / "checkpoint.json"
     if not file.is_file():
         raise FileNotFoundError(f"{path}: no checkpoint here (it would have a checkpoint.json)")
-    facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    facts = read_json(inside(path, file.name))
     if facts.get("format") != FORMAT:
         raise ValueError(f"{file}: format is {facts.get('format')!r}, must be {FORMAT!r}")
-    if facts["version"] > VERSION:
+    if not isinstance(facts.get("version"), int) or facts["version"] > VERSION:
         raise ValueError(
-            f"{file}: format version {facts['version']} is newer than this brstnet reads "
+            f"{file}: format version {facts.get('version')} is newer than this brstnet reads "
             f"({VERSION}): update brstnet"
         )
     return facts
@@ -240,27 +245,75 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
     """
     path = Path(path)
     facts = read_facts(path)
-    settings = build(Settings, facts["settings"], str(path / "checkpoint.json"))
-    fitted = _fitted(path, facts["fitted"])
-    model = with_heads(_backbone(facts, settings), settings.training, fitted)
-    weights = safetensors.torch.load_file(path / "model.safetensors")
-    if (frozen := path / "backbone.safetensors").is_file():
-        weights |= {f"backbone.{n}": v for n, v in safetensors.torch.load_file(frozen).items()}
-    model.load_state_dict(weights)
+    try:
+        settings = build(Settings, facts["settings"], str(path / "checkpoint.json"))
+        fitted, fold = _fitted(path, facts["fitted"]), _fold(facts["fold"])
+        model = _model(path, facts, settings, fitted)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(
+            f"{path}: damaged, or made by something else: {type(error).__name__} {error}"
+        ) from error
     return Checkpoint(
         path=path,
         model=model.to(device).eval(),
         settings=settings,
-        fold=_fold(facts["fold"]),
+        fold=fold,
         fitted=fitted,
         facts=facts,
     )
 
 
-def _backbone(facts: Mapping[str, Any], settings: Settings) -> nn.Module:
-    """The architecture alone: its weights come from the checkpoint, not from where they began."""
+def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
+    """The tensors in a file of a checkpoint, which is never unpickled.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no safetensors file, or lies elsewhere.
+    """
+    file = inside(path, name)
+    try:
+        return safetensors.torch.load_file(file)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{file}: cannot be read as safetensors: {error}") from error
+
+
+def _model(path: Path, facts: Mapping[str, Any], settings: Settings, fitted: Fitted) -> BrSTNet:
+    """The network with its weights, which are read first: nothing is made larger than they are."""
+    weights = read_tensors(path, "model.safetensors")
+    if (path / "backbone.safetensors").is_file():
+        frozen = read_tensors(path, "backbone.safetensors")
+        weights |= {f"backbone.{name}": value for name, value in frozen.items()}
+    if (genes := len(fitted.genes)) > (numbers := sum(v.numel() for v in weights.values())):
+        raise ValueError(f"{path}: {genes} genes, but only {numbers} weights")
+    model = with_heads(_backbone(path, facts, settings), settings.training, fitted)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: the weights do not fit the network: {error}") from error
+    return model
+
+
+def _backbone(path: Path, facts: Mapping[str, Any], settings: Settings) -> nn.Module:
+    """The architecture alone: its weights come from the checkpoint, not from where they began.
+
+    Raises:
+        ValueError: it names anything but a network of timm's and its shape: files, addresses.
+    """
     if (made := facts.get("architecture")) is not None:
-        return create(made["name"], made["args"])
+        name, args = made["name"], made["args"]
+        if not (isinstance(name, str) and timm.is_model(name.split(".")[0])) or ":" in name:
+            raise ValueError(f"{path}: architecture {name!r:.200} is no network of timm's")
+        if wrong := [key for key in args if key.startswith(NEVER) or "://" in str(args[key])]:
+            raise ValueError(
+                f"{path}: architecture {name} has {wrong[0]}={args[wrong[0]]!r:.200}: a checkpoint "
+                "stands alone, and reads no other file"
+            )
+        return create(name, args)
+    if settings.training.backbone.startswith(SOURCES):
+        raise ValueError(
+            f"{path}: no architecture, but the backbone {settings.training.backbone}: a checkpoint "
+            "stands alone, and reads no other file"
+        )
     training = dataclasses.replace(settings.training, weights=None)  # made before 0.2
     return build_backbone(training, training.input_px or facts["store"]["prepare"]["input_px"])
 
@@ -276,7 +329,7 @@ def _fold(facts: Mapping[str, Any]) -> Fold:
 
 def _fitted(path: Path, facts: Mapping[str, Any]) -> Fitted:
     return Fitted(
-        genes=pd.read_parquet(path / "genes.parquet"),
+        genes=read_table(inside(path, "genes.parquet")),
         target=facts["target"],
         median_total=facts["median_total"],
         depth_mean=facts.get("depth_mean", 0.0),

@@ -142,8 +142,14 @@ def target_scale(fitted: Fitted, aux_target: str) -> tuple[np.ndarray, np.ndarra
     return mean, std
 
 
-def fit_statistics(store: Store, fold: Fold, settings: Settings) -> Fitted:
+def fit_statistics(store: Store, fold: Fold, settings: Settings, *, images: bool = True) -> Fitted:
     """Fit a fold's statistics on its training sections.
+
+    Args:
+        store: the open store.
+        fold: whose training sections.
+        settings: the protocol's filters, and which genes.
+        images: whether the colours' are needed too; no patch is read without.
 
     Raises:
         ValueError: no spot or too few genes are left to train on.
@@ -175,7 +181,9 @@ def fit_statistics(store: Store, fold: Fold, settings: Settings) -> Fitted:
         depth_slope=slope,
         depth_intercept=intercept,
     )
-    image_mean, image_std = image_statistics(store, fold.train, rows)
+    image_mean, image_std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    if images:
+        image_mean, image_std = image_statistics(store, fold.train, rows)
     depth = np.log1p(totals)
     return Fitted(
         genes=genes,

@@ -14,6 +14,7 @@ import safetensors.torch
 
 from brstnet import metrics
 from brstnet.config import Training
+from brstnet.data.guarded import inside, read_json
 from brstnet.training import checkpoint, distributed
 from brstnet.training.task import Progress, Run, Task
 
@@ -46,6 +47,7 @@ def resume(run: Run) -> None:
     if here.leads:
         for name in ("best", "last", "position"):
             checkpoint.settle(run.out / name)
+        (run.out / "leaving").unlink(missing_ok=True)
         if run.task.backbone is not None:
             file = run.out / "backbone.safetensors"  # checkpoints link to it: never written into
             run.out.mkdir(parents=True, exist_ok=True)
@@ -59,7 +61,7 @@ def resume(run: Run) -> None:
     newest = max(found, key=lambda folder: position(read_progress(folder)))
     facts, asked = checkpoint.read_facts(newest), json.loads(json.dumps(run.task.facts))
     check_same(newest, [facts[key] for key in ORIGIN], [asked[key] for key in ORIGIN])
-    run.judged.load_state_dict(safetensors.torch.load_file(newest / "model.safetensors"))
+    run.judged.load_state_dict(checkpoint.read_tensors(newest, "model.safetensors"))
     moving = None if run.average is None else run.model
     checkpoint.restore_state(newest, run.optimizer, moving)
     run.progress = read_progress(newest)
@@ -187,10 +189,10 @@ def finished(out: Path) -> FitResult | None:
     file = out / "result.json"
     if not file.is_file():
         return None
-    values = json.loads(file.read_text())
+    values = read_json(inside(out, file.name))
     if values["score"] is None:
         values["score"] = math.nan
-    return FitResult(folder=out / values.pop("checkpoint"), **values)
+    return FitResult(folder=inside(out, values.pop("checkpoint")), **values)
 
 
 def or_null(value: float) -> float | None:
