@@ -82,6 +82,9 @@ class Board:
         budget: where to stop.
         trial_seconds: what a trial is expected to take, until some have ended.
         gpus_per_worker: 1 where there is no GPU, so that hours are those of workers.
+
+    `halted` says why the sweep must stop at once, trials in training included: they go on with the
+    next start.
     """
 
     sweep: Sweep
@@ -94,6 +97,7 @@ class Board:
     running: dict[str, Running] = field(default_factory=dict, init=False)
     outcomes: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)
     stopped_by: str = field(default="", init=False)
+    halted: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
         ledger = self.out / "rungs.jsonl"

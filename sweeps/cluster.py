@@ -1,16 +1,24 @@
 """The cluster that trials run on: Ray on this machine, or one that is there; what fits on it."""
 
 import os
+from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import ray
+import yaml
+from ray.autoscaler.sdk import request_resources
 
 from brstnet.launch import ALLOCATOR
 from sweeps.space import Sweep
 
 HEAD = {"CPU": 0, "node:__internal_head__": 0.001}
 """What the driver of a worker group takes: a place on the head, and no CPU that a worker needs."""
+
+STARTED_FROM = Path("~/ray_bootstrap_config.yaml").expanduser()
+"""Where `ray up` leaves the cluster's YAML on the head."""
 
 
 def start_ray(plan: Sweep, address: str | None) -> None:
@@ -37,6 +45,34 @@ def start_ray(plan: Sweep, address: str | None) -> None:
         object_store_memory=256 * 2**20,
         **common,
     )
+
+
+def capacity(address: str | None) -> dict[str, float]:
+    """What the cluster has, or may grow to: its head has the YAML that it was started from."""
+    now: dict[str, float] = ray.cluster_resources()
+    if not (address or os.environ.get("RAY_ADDRESS")) or not STARTED_FROM.is_file():
+        return now
+    config = yaml.safe_load(STARTED_FROM.read_text())
+    grown: Counter[str] = Counter()
+    for name, node in config.get("available_node_types", {}).items():
+        if name != config.get("head_node_type"):
+            count = min(node.get("max_workers", 0), config.get("max_workers", 0))
+            grown.update({key: count * amount for key, amount in node["resources"].items()})
+    return {key: max(now.get(key, 0.0), grown[key]) for key in {*now, *grown}}
+
+
+def release() -> None:
+    """Take back what worker groups have asked the cluster to grow to: it would go on paying.
+
+    Ray's coordinator repeats for minutes what a group that was stopped had asked for. Started anew
+    it knows nothing; the groups of others ask it again within 20 seconds.
+    """
+    if not ray.is_initialized():
+        return
+    name = "AutoscalingCoordinator"
+    with suppress(ValueError):  # no group has ever asked
+        ray.kill(ray.get_actor(name, namespace=name), no_restart=False)
+    request_resources(bundles=[])
 
 
 def gpus_per_worker(plan: Sweep, resources: Mapping[str, float]) -> float:

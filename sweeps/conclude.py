@@ -1,12 +1,16 @@
 """After the last trial: the champion chosen, refitted if asked, registered, and what was learnt."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import ray
+import torch
 from mlflow import MlflowClient
 
-from brstnet.data.store import Store
+from brstnet.config import Settings
+from brstnet.data.mirror import open_store
 from brstnet.evaluation import validation
 from brstnet.launch import pick_device
 from brstnet.training.keep import finished
@@ -14,14 +18,15 @@ from sweeps import insight, tracking
 from sweeps.board import Board
 from sweeps.champion import crown, promoted, read_outcomes
 from sweeps.choice import Candidate, Choice, by_hand, choose
-from sweeps.cluster import gpus_per_worker, start_ray
+from sweeps.cluster import capacity, gpus_per_worker, start_ray
+from sweeps.nodes import check_gpu
 from sweeps.refit import refit, refit_folder, refit_settings
 
 INSIGHT = "insight"
 
 
 def conclude(
-    client: MlflowClient, board: Board, stores: dict[str, Path], address: str | None
+    client: MlflowClient, board: Board, stores: dict[str, str], address: str | None
 ) -> None:
     """Crown the champion and write down what the sweep has taught. May be repeated.
 
@@ -37,14 +42,14 @@ def conclude(
     if sweep.refit:
         refit_champion(board, choice.chosen, store, address)
     version = crown(client, out, choice)
-    draw_maps(client, choice.chosen, Store(store), sweep.protocol.folds)
+    draw_maps(client, board, choice.chosen, store, address)
     explain(client, board, choice)
     client.set_terminated(tracking.read_runs(out)["sweep"])
     say(f"what mattered: {out / INSIGHT / 'insight.html'}")
     say(f"champion: models:/{tracking.MODEL}@{tracking.ALIAS} (version {version})")
 
 
-def refit_champion(board: Board, chosen: Candidate, store: Path, address: str | None) -> None:
+def refit_champion(board: Board, chosen: Candidate, store: str, address: str | None) -> None:
     """Train the champion's configuration on all folds, on a worker of the cluster.
 
     Raises:
@@ -53,29 +58,48 @@ def refit_champion(board: Board, chosen: Candidate, store: Path, address: str | 
     settings, folder = refit_settings(chosen), refit_folder(board.out, chosen.trial)
     if finished(folder) is not None:
         return
-    if not ray.is_initialized():
-        start_ray(board.sweep, address)
-    gpus = gpus_per_worker(board.sweep, ray.cluster_resources())
     say(
         f"refit: trial {chosen.trial} on the patients of all folds, "
         f"{settings.training.epochs} epochs"
     )
-    task = ray.remote(num_cpus=board.sweep.cpus_per_worker, num_gpus=gpus, max_retries=3)(_refit)
-    ray.get(task.remote(store, settings, folder))
+    on_worker(board, address, _refit, store, settings, folder)
 
 
-def _refit(store: Path, settings: object, folder: Path) -> None:
-    refit(store, settings, folder, pick_device())  # type: ignore[arg-type]
+def _refit(device: torch.device, store: str, settings: Settings, folder: Path) -> None:
+    refit(store, settings, folder, device)
 
 
-def draw_maps(client: MlflowClient, chosen: Candidate, store: Store, folds: int) -> None:
+def draw_maps(
+    client: MlflowClient, board: Board, chosen: Candidate, store: str, address: str | None
+) -> None:
     """Maps of the champion's best genes, into its folds' runs."""
     runs = tracking.read_runs(chosen.folder)
-    for number in range(folds):
-        done = finished(chosen.folder / f"fold_{number}")
+    folds = [chosen.folder / f"fold_{n}" for n in range(board.sweep.protocol.folds)]
+    on_worker(board, address, _draw_maps, store, folds)
+    for fold in folds:
+        client.log_artifact(runs[fold.name], str(fold / "report" / "gene_map.png"))
+
+
+def _draw_maps(device: torch.device, where: str, folds: Sequence[Path]) -> None:
+    store = open_store(where, patches=False)
+    for fold in folds:
+        done = finished(fold)
         assert done is not None
-        figure = validation.gene_map(done.folder, store)
-        client.log_figure(runs[f"fold_{number}"], figure, "gene_map.png")
+        figure = validation.gene_map(done.folder, store, device)
+        figure.savefig(fold / "report" / "gene_map.png")
+
+
+def on_worker(board: Board, address: str | None, function: Callable[..., None], *args: Any) -> None:
+    """Let a worker of the cluster do something: the head may have neither GPU nor patches."""
+    if not ray.is_initialized():
+        start_ray(board.sweep, address)
+    cpus, gpus = board.sweep.cpus_per_worker, gpus_per_worker(board.sweep, capacity(address))
+
+    def task() -> None:
+        check_gpu(gpus)
+        function(pick_device(), *args)
+
+    ray.get(ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(task).remote())
 
 
 def explain(client: MlflowClient, board: Board, choice: Choice) -> None:

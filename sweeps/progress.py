@@ -3,6 +3,8 @@
 import fcntl
 import json
 import math
+import os
+import signal
 import sys
 import time
 from datetime import datetime, timedelta
@@ -19,8 +21,13 @@ from rich.text import Text
 from sweeps.board import Board, Running
 from sweeps.courier import STATUS
 from sweeps.events import FILE, Events, last
-from sweeps.search import name_of_trial
-from sweeps.trial import drop_models
+from sweeps.nodes import FILE as NODES
+from sweeps.nodes import Nodes, forget_places, read_place, storage_full
+from sweeps.search import last_error, last_line, name_of_trial
+from sweeps.trial import drop_models, got_nowhere
+
+LOOK_SECONDS = 5.0
+"""How often the sweep's folder is looked at: the room that is left, the machines to avoid."""
 
 
 class SweepProgress(Callback):
@@ -31,6 +38,8 @@ class SweepProgress(Callback):
         self.view = View(board)
         pruned = [name for name, o in board.outcomes.items() if o["state"] == "PRUNED"]
         self._stopped = [board.out / "trials" / name for name in pruned]
+        self.nodes, self._looked = Nodes(board.out), 0.0
+        self._avoided = self.nodes.broken().keys()
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles it, and never loads it here
@@ -39,7 +48,22 @@ class SweepProgress(Callback):
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **_: Any
     ) -> None:
         """A trial reports; the board has its standing from the scheduler."""
-        self.view.reported(name_of_trial(trial), result)
+        name = name_of_trial(trial)
+        self.view.reported(name, result)
+        folder = self.board.out / "trials" / name
+        if not result.get("reason") and not got_nowhere(folder):  # finished folds report again
+            self.nodes.went_on(name, folder)
+
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
+        """A trial's process died or raised what it must not; it is tried again."""
+        name, error = name_of_trial(trial), last_error(trial)
+        folder = self.board.out / "trials" / name
+        place = read_place(folder, 0)
+        forget_places(folder)
+        where = "" if place is None else f" on {place['host']}"
+        self.view.line(
+            f"trial {name}: tried again after its process ended{where}: {last_line(error)}"
+        )
 
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **_: Any
@@ -56,6 +80,26 @@ class SweepProgress(Callback):
     def on_step_end(self, iteration: int, trials: list[Trial], **_: Any) -> None:
         """Tune has gone round once."""
         self.view.refresh()
+        if time.monotonic() - self._looked > LOOK_SECONDS:
+            self._looked = time.monotonic()
+            self.board.halted = self.board.halted or storage_full(self.board.out)
+            self._tell_avoided()
+        if self.board.halted:
+            os.kill(os.getpid(), signal.SIGINT)  # the way a person stops it
+        self._drop_stopped()
+
+    def _tell_avoided(self) -> None:
+        """Name the machines that trials are kept from since the last look."""
+        broken = self.nodes.broken()
+        for node in broken.keys() - self._avoided:
+            self.view.line(
+                f"{broken[node]}: avoided from now on, trials failed there at once "
+                f"({self.board.out / NODES}); when it is mended start Ray there anew"
+            )
+            self.events.log("sweep", tags={"brstnet.avoided": ", ".join(broken.values())})
+        self._avoided = broken.keys()
+
+    def _drop_stopped(self) -> None:
         self._stopped = [folder for folder in self._stopped if not drop_if_free(folder)]
 
     def _ended(self, name: str, error: str = "") -> None:
@@ -67,8 +111,9 @@ class SweepProgress(Callback):
 
     def close(self) -> None:
         """After the last trial: what is shown stays, and what stopped trials left goes."""
+        self._tell_avoided()
         self.view.close()
-        self.on_step_end(0, [])
+        self._drop_stopped()
 
 
 def drop_if_free(folder: Path) -> bool:
@@ -141,14 +186,15 @@ class View:
         folds = self.board.sweep.protocol.folds
         if note["progress"] == note["folds_done"] and not note.get("reason"):
             score = f"mean score {note['score']:.4f}"
-            self._line(f"trial {name}: {note['folds_done']} of {folds} folds, {score}")
+            self.line(f"trial {name}: {note['folds_done']} of {folds} folds, {score}")
 
     def ended(self, name: str, outcome: dict[str, Any]) -> None:
         """A trial has ended."""
         said = outcome["reason"].strip().splitlines()
-        self._line(f"trial {name}: {outcome['state']}{f': {said[-1]}' if said else ''}")
+        self.line(f"trial {name}: {outcome['state']}{f': {said[-1]}' if said else ''}")
 
-    def _line(self, text: str) -> None:
+    def line(self, text: str) -> None:
+        """Say something that stays on the screen."""
         if self._live is not None:
             self._live.console.print(text, highlight=False, markup=False)
         else:

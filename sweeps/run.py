@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -38,30 +38,43 @@ from brstnet.config import (
     read_yaml,
     to_yaml,
 )
+from brstnet.data.mirror import open_store
 from brstnet.data.store import Store
-from sweeps import tracking
+from sweeps import submit, tracking
 from sweeps.board import Board, Budget, alone, open_study
 from sweeps.champion import describe_leaderboard, promote, read_outcomes
-from sweeps.cluster import HEAD, gpus_per_worker, slots, start_ray
+from sweeps.cluster import HEAD, capacity, gpus_per_worker, release, slots, start_ray
 from sweeps.conclude import conclude
 from sweeps.events import Events
+from sweeps.nodes import BrokenNodeError, storage_full
 from sweeps.plan import check_budget, check_folds, describe, describe_estimate, estimate
 from sweeps.probe import Speed, kinds, probe
 from sweeps.progress import SweepProgress, close_runs, tell_ends
 from sweeps.record import describe_store
 from sweeps.search import BoardScheduler, BoardSearch
 from sweeps.space import Sweep
-from sweeps.trial import Job, run_trial
+from sweeps.trial import Job
+from sweeps.workers import run_trial
 
 
 def make_parser(config: Path | None) -> Parser:
     """The command line: the sweep's own settings, each by its name, and where things are."""
     parser = Parser(prog="sweeps/run.py", description="Run a sweep, or resume it.")
     parser.add_argument("--config", action=ActionConfigFile, help="the sweep's YAML (also first)")
-    parser.add_argument("--store", type=Path, help="patch store")
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder for everything")
-    parser.add_argument("--tracking_uri", help="MLflow server; default: a database under --out")
-    parser.add_argument("--address", help="Ray cluster; default: RAY_ADDRESS, or this machine")
+    parser.add_argument(
+        "--store", help="patch store: a folder or an address, such as s3://BUCKET/NAME"
+    )
+    parser.add_argument("--out", type=Path, default=tracking.runs_folder(), help="for everything")
+    parser.add_argument(
+        "--tracking_uri",
+        default=os.environ.get("MLFLOW_TRACKING_URI"),
+        help="MLflow server; default: MLFLOW_TRACKING_URI, or a database under --out",
+    )
+    parser.add_argument(
+        "--address",
+        help="Ray cluster, or http://... of its job server: the sweep is sent and runs there; "
+        "default: RAY_ADDRESS, or this machine",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     parser.add_argument("--only", nargs="+", help="names of the space to search; no others are")
     parser.add_argument("--budget-gpu-hours", type=float, help="of workers, where there is no GPU")
@@ -127,9 +140,9 @@ def sweep(plan: Sweep, options: Namespace) -> int:
     stores = open_stores(plan, options.store)
     print(describe(plan, stores[""]))  # noqa: T201 - the command line's output
     check_folds(plan, stores)
-    paths = {name: store.path.resolve() for name, store in stores.items()}
+    places = {name: store.address for name, store in stores.items()}
     if options.dry_run:
-        expect(plan, paths, options, options.out)
+        expect(plan, places, options, options.out)
         return 0
     uri = options.tracking_uri or tracking.local_uri(options.out)
     with claimed_folder(plan, stores[""], options.out) as folder:
@@ -150,8 +163,12 @@ def sweep(plan: Sweep, options: Namespace) -> int:
             tell_ends(events, board)
             tracking.share_view(client, experiment_id, plan.name, list(plan.space))
             if not board.done:
-                launch(board, events, paths, options)
+                launch(board, events, places, options)
             stopped = bool(board.running) or (not board.done and not board.stopped_by)
+            if board.halted:  # said here, where the courier's own troubles cannot hide it
+                with suppress(OSError):  # no room for this either
+                    tell_stop(events, board)
+                raise ValueError(board.halted)
             if stopped:
                 tell_stop(events, board)
         print(describe_leaderboard(read_outcomes(folder), plan))  # noqa: T201
@@ -161,19 +178,20 @@ def sweep(plan: Sweep, options: Namespace) -> int:
             return 130
         if board.stopped_by:
             print(f"ended: {board.stopped_by}; the same command with more goes on")  # noqa: T201
-        conclude(client, board, paths, options.address)
+        conclude(client, board, places, options.address)
         return 0
 
 
-def open_stores(plan: Sweep, path: Path | None) -> dict[str, Store]:
-    """The sweep's store under "", and those that its space names.
+def open_stores(plan: Sweep, where: str | None) -> dict[str, Store]:
+    """The sweep's store under "", and those that its space names; of copies without the patches.
 
     Raises:
         ValueError: no store is given.
     """
-    if path is None:
+    if where is None:
         raise ValueError("--store is missing: the patch store to train on")
-    return {"": Store(path), **{name: Store(Path(p)) for name, p in plan.stores.items()}}
+    places = {"": where, **plan.stores}
+    return {name: open_store(place, patches=False) for name, place in places.items()}
 
 
 def reach(uri: str, out: Path) -> tuple[Any, str]:
@@ -257,14 +275,14 @@ class Cluster:
     trial_seconds: float
 
 
-def expect(plan: Sweep, stores: dict[str, Path], options: Namespace, out: Path) -> Cluster:
+def expect(plan: Sweep, stores: dict[str, str], options: Namespace, out: Path) -> Cluster:
     """Start or join the cluster, measure, and say what the sweep will cost.
 
     Raises:
         ValueError: the cluster cannot train even one trial, or the budget is below one.
     """
     start_ray(plan, options.address)
-    resources = ray.cluster_resources()
+    resources = capacity(options.address)
     gpus = gpus_per_worker(plan, resources)
     concurrent = plan.concurrent_trials or slots(plan, resources, gpus)
     speeds = measured(plan, stores, gpus, out / plan.name)
@@ -280,7 +298,7 @@ def expect(plan: Sweep, stores: dict[str, Path], options: Namespace, out: Path) 
     )
 
 
-def measured(plan: Sweep, stores: dict[str, Path], gpus: float, folder: Path) -> list[Speed]:
+def measured(plan: Sweep, stores: dict[str, str], gpus: float, folder: Path) -> list[Speed]:
     """What each kind of trial costs: measured, or as it was when the sweep was begun."""
     file, key = folder / "probe.json", fingerprint([plan.identity(), plan.cpus_per_worker, gpus])
     note = json.loads(file.read_text()) if file.is_file() else {}
@@ -292,7 +310,7 @@ def measured(plan: Sweep, stores: dict[str, Path], gpus: float, folder: Path) ->
     return speeds
 
 
-def launch(board: Board, events: Events, stores: dict[str, Path], options: Namespace) -> None:
+def launch(board: Board, events: Events, stores: dict[str, str], options: Namespace) -> None:
     """Train what has not ended yet, until it has or somebody stops it.
 
     Raises:
@@ -310,16 +328,21 @@ def launch(board: Board, events: Events, stores: dict[str, Path], options: Names
     )
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a script's background job
     signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
-    resources = (
-        {"CPU": job.sweep.cpus_per_worker, "GPU": job.gpus_per_worker}
-        if job.sweep.workers_per_trial == 1
-        else HEAD
-    )
+    bundle = job.bundle if job.sweep.workers_per_trial == 1 else None
     trainable = tune.with_parameters(run_trial, job=job)
-    train(board, events, tune.with_resources(trainable, resources))
+    try:
+        train(board, events, tune.with_resources(trainable, bundle or HEAD), bundle)
+    except Exception:
+        board.halted = board.halted or storage_full(board.out)  # Tune's and our own notes need room
+        if not board.halted:
+            raise
+    finally:
+        release()
 
 
-def train(board: Board, events: Events, trainable: Any) -> None:
+def train(
+    board: Board, events: Events, trainable: Any, bundle: dict[str, float] | None = None
+) -> None:
     """Let Tune run the trainable for each trial that the board hands out."""
     progress = SweepProgress(board, events)
     scratch = board.out / "tune"  # Tune's own account of the sweep, which nothing reads
@@ -328,7 +351,7 @@ def train(board: Board, events: Events, trainable: Any) -> None:
         trainable,
         tune_config=tune.TuneConfig(
             search_alg=BoardSearch(board),
-            scheduler=BoardScheduler(board),
+            scheduler=BoardScheduler(board, bundle),
             num_samples=-1,
             max_concurrent_trials=board.concurrent,  # else Tune starts one actor after the other
             reuse_actors=True,
@@ -387,8 +410,8 @@ def promote_by_hand(words: Sequence[str]) -> int:
     """Make a trial of somebody's choice the champion."""
     parser = Parser(prog="sweeps/run.py", description="Make a trial the champion.")
     parser.add_argument("--promote", help="MLflow id of its run, or SWEEP/TRIAL such as demo/3")
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="the sweeps' folder")
-    parser.add_argument("--tracking_uri", help="MLflow server; default: a database under --out")
+    parser.add_argument("--out", type=Path, default=tracking.runs_folder(), help="of the sweeps")
+    parser.add_argument("--tracking_uri", default=os.environ.get("MLFLOW_TRACKING_URI"))
     options = parser.parse_args(words)
     uri = options.tracking_uri or tracking.local_uri(options.out)
     client, _ = reach(uri, options.out)
@@ -404,6 +427,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if any(word.startswith("--promote") for word in words):
             return promote_by_hand(words)
         plan, options = parse(words)
+        if submit.is_remote(options.address):
+            return submit.send(plan, options, words)
         if options.dry_run and options.store is None:
             print(describe(plan, None))  # noqa: T201 - the command line's output
             return 0
@@ -413,7 +438,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"error: MLflow is away: {error}\nnothing is lost; the same command goes on\n"
         )
         return 2
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, BrokenNodeError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     except KeyboardInterrupt:

@@ -29,6 +29,11 @@ ID_FILE = "sweep.id"
 """Made with a sweep's folder: its runs are known by it, whatever other sweep had its name."""
 
 
+def runs_folder() -> Path:
+    """Where sweeps lie by default: BRSTNET_RUNS, which a cluster's set-up gives, or `runs`."""
+    return Path(os.environ.get("BRSTNET_RUNS", "runs"))
+
+
 def local_uri(out: Path) -> str:
     """The address of the database that a sweep makes by default."""
     return f"sqlite:///{(out / LOCAL_FILE).resolve()}"

@@ -12,14 +12,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import ray
-import ray.train
+import ray.train.torch
 import torch
-from ray import tune
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.tune.integration.ray_train import TuneReportCallback
 
 from brstnet.config import Settings, to_yaml
+from brstnet.data.mirror import open_store
 from brstnet.data.store import Store
 from brstnet.evaluation import validation
 from brstnet.launch import pick_device
@@ -27,6 +24,7 @@ from brstnet.training import distributed
 from brstnet.training.checkpoint import read_facts, settle
 from brstnet.training.keep import FitResult, read_progress
 from brstnet.training.train import fit
+from sweeps.nodes import BrokenNodeError, check_gpu, note_place
 from sweeps.pruning import Pruner, pruner_of
 from sweeps.record import TrialRecord
 from sweeps.space import Asked, Sweep
@@ -47,11 +45,11 @@ Report = Callable[[dict[str, Any]], None]
 class Job:
     """What all trials of a sweep share: what is asked, where things are, who drives.
 
-    `stores` has the sweep's store under "", and others by their names in the space.
+    `stores` has the address of the sweep's store under "", and others by their names in the space.
     """
 
     sweep: Sweep
-    stores: dict[str, Path]
+    stores: dict[str, str]
     out: Path
     gpus_per_worker: float
     session: str
@@ -60,46 +58,15 @@ class Job:
         """Where a trial keeps its folds; the same after a restart."""
         return self.out / "trials" / asked.name
 
-    def store(self, point: Mapping[str, Any]) -> Path:
-        """The store that a point of the space trains on."""
+    @property
+    def bundle(self) -> dict[str, float]:
+        """What a worker takes of a node."""
+        wanted = {"CPU": self.sweep.cpus_per_worker, "GPU": self.gpus_per_worker}
+        return {name: float(amount) for name, amount in wanted.items() if amount}
+
+    def store(self, point: Mapping[str, Any]) -> str:
+        """Where the store is that a point of the space trains on."""
         return self.stores[point.get("store", "")]
-
-
-def run_trial(config: Mapping[str, Any], job: Job) -> None:
-    """What Tune calls: train in this actor, or lead a worker group that does."""
-    asked = Asked(**config)
-    if job.sweep.workers_per_trial == 1:
-        train_folds(asked, job, tune.report)
-    else:
-        train_in_workers(asked, job)
-
-
-def train_in_workers(asked: Asked, job: Job) -> None:
-    """Train the trial in a Ray Train worker group, which reports through this actor to Tune."""
-    sweep = job.sweep
-    resources = {"CPU": sweep.cpus_per_worker, "GPU": job.gpus_per_worker}
-    trainer = TorchTrainer(
-        worker_loop,
-        train_loop_config={"asked": asked, "job": job},
-        torch_config=TorchConfig(backend="nccl" if job.gpus_per_worker >= 1 else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=sweep.workers_per_trial,
-            use_gpu=job.gpus_per_worker > 0,
-            resources_per_worker={k: v for k, v in resources.items() if v},
-        ),
-        run_config=ray.train.RunConfig(
-            name=f"{asked.name}-{job.session}",
-            storage_path=str(job.out / "train"),
-            callbacks=[TuneReportCallback()],  # type: ignore[list-item]
-            failure_config=ray.train.FailureConfig(max_failures=-1),  # Attempts counts them
-        ),
-    )
-    trainer.fit()
-
-
-def worker_loop(loop_config: dict[str, Any]) -> None:
-    """What each worker of a group runs."""
-    train_folds(**loop_config, report=ray.train.report)
 
 
 def train_folds(asked: Asked, job: Job, report: Report) -> None:
@@ -113,10 +80,12 @@ def train_folds(asked: Asked, job: Job, report: Report) -> None:
     torch.set_num_threads(job.sweep.cpus_per_worker)
     state = Standing(folder, job.sweep.workers_per_trial)
     with claimed(folder):
+        note_place(folder, distributed.world().rank)
         try:
             # All give up, or none: who went on alone would wait for the others for ever.
             reason = distributed.of_leader(begin_attempt(folder, job.session), distributed.world())
             if not reason:
+                check_gpu(job.gpus_per_worker)
                 _train_folds(asked, job, state, report)
         except OWN_FAULT as error:
             if isinstance(error, torch.OutOfMemoryError):
@@ -124,6 +93,9 @@ def train_folds(asked: Asked, job: Job, report: Report) -> None:
                     raise  # the others wait in a collective: the whole group must end
                 torch.cuda.empty_cache()  # the actor goes on with other trials
             reason = str(error) or type(error).__name__
+        except BrokenNodeError:
+            (folder / "attempts.json").unlink(missing_ok=True)  # a try that the trial did not have
+            raise
         except Exception as error:
             note_error(folder, error)
             raise
@@ -136,7 +108,7 @@ def _train_folds(asked: Asked, job: Job, state: "Standing", report: Report) -> N
     sweep, folder = job.sweep, state.folder
     settings = sweep.settings({**asked.point, "seed": sweep.training.seed + asked.seed})
     (folder / "settings.yaml").write_text(to_yaml(settings))
-    store = Store(job.store(asked.point))
+    store = open_store(job.store(asked.point))
     record = None
     if distributed.world().leads:
         record = TrialRecord(folder, sweep.name)
@@ -310,7 +282,7 @@ def begin_attempt(folder: Path, session: str) -> str:
         return ""
     file = folder / "attempts.json"
     before = json.loads(file.read_text()) if file.is_file() else {}
-    place = [session, [list(_saved(out)) for out in sorted(folder.glob("fold_*"))]]
+    place = [session, places(folder)]
     count = before["count"] + 1 if before.get("place") == place else 1
     error = before.get("error", "") if count > 1 else ""
     keep(file, {"place": place, "count": count, "error": error})
@@ -318,6 +290,19 @@ def begin_attempt(folder: Path, session: str) -> str:
         return ""
     died = error or "its process was killed, as happens when memory runs out"
     return f"tried {ATTEMPTS} times at the same place without getting on: {died}"
+
+
+def got_nowhere(folder: Path) -> bool:
+    """Whether the trial is where its last attempt began."""
+    file = folder / "attempts.json"
+    begun: list[list[Any]] = json.loads(file.read_text())["place"][1] if file.is_file() else []
+    return begun == places(folder)
+
+
+def places(folder: Path) -> list[list[Any]]:
+    """How far each fold is on disk: name, epoch, step; of those of which something is."""
+    found = (_saved(out) for out in sorted(folder.glob("fold_*")))
+    return [list(place) for place in found if place is not None]
 
 
 def note_error(folder: Path, error: Exception) -> None:
@@ -335,12 +320,12 @@ def keep(file: Path, value: object) -> None:
     scratch.rename(file)
 
 
-def _saved(out: Path) -> tuple[str, int, int]:
+def _saved(out: Path) -> tuple[str, int, int] | None:
     for name in ("position", "last"):
         if (out / name / "progress.json").is_file():
             progress = read_progress(out / name)
             return out.name, progress.epoch, progress.step
-    return out.name, -1, 0
+    return None
 
 
 def drop_models(folder: Path) -> None:

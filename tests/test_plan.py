@@ -7,10 +7,12 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import yaml
 
 from brstnet.config import Prepare, Protocol, Training
 from brstnet.data.prepare import prepare
 from brstnet.data.store import Store
+from sweeps import cluster as clusters
 from sweeps import run
 from sweeps.board import Budget
 from sweeps.cluster import gpus_per_worker, slots
@@ -273,6 +275,23 @@ def test_slots_and_what_can_never_be_scheduled() -> None:
     assert gpus_per_worker(sweep(), {"GPU": 2}) == 1.0
     assert gpus_per_worker(sweep(), {"CPU": 2}) == 0.0
     assert gpus_per_worker(sweep(gpus_per_worker=0.5), {}) == 0.5
+
+
+def test_a_cluster_that_begins_without_workers_counts_what_it_may_grow_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "ray_bootstrap_config.yaml"
+    monkeypatch.setattr(clusters, "STARTED_FROM", file)
+    monkeypatch.setattr(clusters.ray, "cluster_resources", lambda: {"CPU": 0.0, "memory": 5.0})
+    assert clusters.capacity("auto") == {"CPU": 0.0, "memory": 5.0}
+    types = {
+        "head": {"resources": {"CPU": 64}, "max_workers": 0},
+        "gpu": {"resources": {"CPU": 4, "GPU": 1}, "max_workers": 8},
+    }
+    config = {"max_workers": 6, "head_node_type": "head", "available_node_types": types}
+    file.write_text(yaml.safe_dump(config))
+    assert clusters.capacity("auto") == {"CPU": 24.0, "GPU": 6.0, "memory": 5.0}
+    assert "GPU" not in clusters.capacity(None)  # Ray on this machine alone
 
 
 # --- which kinds are measured

@@ -4,20 +4,25 @@ import dataclasses
 import fcntl
 import json
 import math
+import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.tune import PlacementGroupFactory
 from ray.tune.experiment import Trial
 from rich.console import Console
 
 from brstnet.config import Protocol
+from sweeps import progress as shown
 from sweeps import tracking
 from sweeps.board import Board, Budget, open_study
 from sweeps.courier import STATUS
 from sweeps.events import FILE, Events, read
+from sweeps.nodes import FILE as NODES
+from sweeps.nodes import Nodes
 from sweeps.progress import (
     SweepProgress,
     View,
@@ -29,8 +34,9 @@ from sweeps.progress import (
     tell_ends,
     tracking_line,
 )
-from sweeps.search import BoardScheduler, BoardSearch
+from sweeps.search import BoardScheduler, BoardSearch, last_error
 from sweeps.space import Asked, Sweep
+from sweeps.trial import begin_attempt
 
 
 @pytest.fixture(autouse=True)
@@ -289,3 +295,143 @@ def test_the_searcher_hands_out_waits_and_ends(board: Board) -> None:
         board.end(asked.name)
     assert search.suggest("last") == "FINISHED"
     assert json.loads((board.out / "trials/0004/outcome.json").read_text())["state"] == "PRUNED"
+
+
+# --- machines and storage that fail
+
+
+@pytest.fixture
+def signals(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The signals that the driver sends itself."""
+    sent: list[int] = []
+    monkeypatch.setattr(shown.os, "kill", lambda _, number: sent.append(number))
+    return sent
+
+
+def nodes_of_ray(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    there = [{"NodeID": name, "Alive": True, "Resources": {"CPU": 1.0}} for name in names]
+    monkeypatch.setattr("sweeps.nodes.ray.nodes", lambda: there)
+
+
+def tunes_own(asked: Asked, said: Path, status: str = "PENDING") -> Any:
+    """A trial of Tune's that keeps the resources it is given; and the file of its failures."""
+    trial = tunes(asked, status)
+    trial.error_file, trial.resources = str(said), []
+    trial.update_resources = trial.resources.append
+    return trial
+
+
+def test_storage_that_is_full_stops_the_sweep_the_way_a_person_does(
+    board: Board, signals: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progress = SweepProgress(board, Events(board.out))
+    monkeypatch.setattr(shown, "LOOK_SECONDS", 0.0)
+    progress.on_step_end(1, [])
+    assert (board.halted, signals) == ("", [])
+    monkeypatch.setattr(shown, "storage_full", lambda _: "no room is left")
+    progress.on_step_end(2, [])
+    assert (board.halted, signals) == ("no room is left", [signal.SIGINT])
+    progress.close()  # Tune has ended: nobody would catch another
+    assert signals == [signal.SIGINT]
+
+
+def test_a_machine_to_avoid_is_named_once(
+    board: Board, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(shown, "LOOK_SECONDS", 0.0)
+    progress = SweepProgress(board, Events(board.out))
+    progress.view.console = Console(file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    place = {"node": "a", "host": "gpu-7"}
+    Nodes(board.out).failed("0000", place, "no GPU", broken=True)
+    for step in (1, 2):
+        progress.on_step_end(step, [])
+    said = capsys.readouterr().err
+    assert said.count("gpu-7: avoided from now on") == 1
+    tags = [e["tags"] for e in read(board.out / FILE)[0]]
+    assert tags == [{"brstnet.avoided": "gpu-7"}]
+    again = SweepProgress(board, Events(board.out))
+    again.on_step_end(3, [])
+    assert "avoided" not in capsys.readouterr().err
+
+
+def test_a_report_of_what_was_finished_before_blames_no_machine(board: Board) -> None:
+    progress, trial = SweepProgress(board, Events(board.out)), begin(board)
+    folder = board.out / "trials" / trial.name
+    Nodes(board.out).failed(trial.name, {"node": "a", "host": "a"}, "died", broken=False)
+    last = folder / "fold_0" / "last"
+    last.mkdir(parents=True)
+    (last / "progress.json").write_text(json.dumps({"epoch": 9, "step": 0}))
+    begin_attempt(folder, "1")
+    progress.on_trial_result(1, [], tunes(trial), note(0.5, 1))  # the fold of the last try
+    assert "went_on" not in (board.out / NODES).read_text()
+    (last / "progress.json").write_text(json.dumps({"epoch": 10, "step": 0}))
+    progress.on_trial_result(2, [], tunes(trial), note(0.5, 1.5))
+    assert "went_on" in (board.out / NODES).read_text()
+
+
+def test_the_last_of_a_trial_s_failures_is_what_counts(board: Board, tmp_path: Path) -> None:
+    said = tmp_path / "error.txt"
+    trial = tunes_own(begin(board), said)
+    assert last_error(trial) == ""
+    said.write_text("Failure # 1 (occurred at x)\nBrokenNodeError: a\n")
+    assert "BrokenNodeError" in last_error(trial)
+    with said.open("a") as file:
+        file.write("Failure # 2 (occurred at y)\nRuntimeError: b\n")
+    assert "BrokenNodeError" not in last_error(trial)
+
+
+def test_a_trial_that_failed_at_once_is_sent_elsewhere_and_waits_in_one_queue(
+    board: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes_of_ray(monkeypatch, "a", "b")
+    scheduler, asked = BoardScheduler(board, {"CPU": 1.0}), begin(board)
+    folder, said = board.out / "trials" / asked.name, tmp_path / "error.txt"
+    (folder / "node_0.json").write_text(json.dumps({"node": "z", "host": "of an earlier start"}))
+    trial = tunes_own(asked, said)
+    scheduler.on_trial_add(None, trial)
+    assert not (folder / "node_0.json").exists()
+    (folder / "node_0.json").write_text(json.dumps({"node": "a", "host": "a"}))
+    said.write_text("Failure # 1 (occurred at x)\nRuntimeError: no\n")
+    scheduler.on_trial_error(None, trial)
+    elsewhere = PlacementGroupFactory(
+        [{"CPU": 1.0}], bundle_label_selector=[{"ray.io/node-id": "!in(a)"}]
+    )
+    assert trial.resources == [PlacementGroupFactory([{"CPU": 1.0}]), elsewhere]
+    Nodes(board.out).failed("9", {"node": "b", "host": "b"}, "no GPU", broken=True)
+    scheduler.on_trial_add(None, trial)  # by Tune, which has queued it by what it was given
+    assert len(trial.resources) == 2
+    assert board.halted == ""
+
+
+def test_a_broken_machine_that_is_the_only_one_ends_the_sweep(
+    board: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes_of_ray(monkeypatch, "a")
+    scheduler, asked = BoardScheduler(board, {"CPU": 1.0}), begin(board)
+    trial = tunes_own(asked, tmp_path / "error.txt")
+    scheduler.on_trial_add(None, trial)
+    place = board.out / "trials" / asked.name / "node_0.json"
+    place.write_text(json.dumps({"node": "a", "host": "a"}))
+    (tmp_path / "error.txt").write_text("Failure # 1 (x)\nBrokenNodeError: a: the GPU\n")
+    scheduler.on_trial_error(None, trial)
+    assert "no other machine is left for trial 0000: BrokenNodeError: a: the GPU" in board.halted
+
+
+def test_a_trial_whose_other_machines_have_gone_does_not_wait_for_ever(
+    board: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes_of_ray(monkeypatch, "a", "b")
+    monkeypatch.setattr("sweeps.search.LOOK_SECONDS", -1.0)
+    monkeypatch.setattr("sweeps.search.STRANDED_SECONDS", 0.1)
+    scheduler, asked = BoardScheduler(board, {"CPU": 1.0}), begin(board)
+    Nodes(board.out).failed(asked.name, {"node": "a", "host": "a"}, "died", broken=False)
+    trial = tunes_own(asked, tmp_path / "error.txt")
+    scheduler.on_trial_add(None, trial)
+    controller = SimpleNamespace(get_trials=lambda: [trial])
+    assert scheduler.choose_trial_to_run(controller) is trial
+    nodes_of_ray(monkeypatch, "a")
+    scheduler.choose_trial_to_run(controller)
+    assert board.halted == ""  # an autoscaler may bring another
+    time.sleep(0.15)
+    scheduler.choose_trial_to_run(controller)
+    assert "trial 0000: no machine has been left" in board.halted

@@ -1,5 +1,6 @@
 """Fit: against planted histories and truths, and against itself, however often it is stopped."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -8,8 +9,10 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.distributed as dist
 from scipy import sparse
 from torch import Tensor
 from trainings import (
@@ -41,7 +45,7 @@ from brstnet.training import checkpoint
 from brstnet.training import train as training
 from brstnet.training.epoch import validate
 from brstnet.training.folds import ALL
-from brstnet.training.keep import FitResult, finished
+from brstnet.training.keep import FitResult, finished, read_progress
 from brstnet.training.leaks import LeakError
 from brstnet.training.model import build_model
 from brstnet.training.optim import Rate
@@ -432,6 +436,75 @@ def test_a_position_is_saved_when_it_is_due_and_gone_after_its_epoch(
     monkeypatch.setattr(training, "SAVE_SECONDS", 1000.0)
     train(demo_store, asked, tmp_path / "b")
     assert {path.name for path in saved} == {"best", "last"}
+
+
+def go_on_until_saved(out: Path) -> Callable[[int], None]:
+    """Steps of a quarter of a second, and an end as soon as a position was saved by itself."""
+
+    def on_step(_: int) -> None:
+        time.sleep(0.25)
+        if (out / "position" / "progress.json").is_file():
+            raise Stop
+
+    return on_step
+
+
+def test_on_a_machine_that_is_about_to_go_the_position_is_saved_within_seconds(
+    demo_store: Store, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first epoch too, before anything was ever written."""
+    flag = tmp_path / "leaving"
+    monkeypatch.setenv(training.LEAVING, str(flag))
+    monkeypatch.setattr(training, "LEAVING_SECONDS", 0.5)
+    asked = with_training(settings, batch_size=4)
+    stays, goes = tmp_path / "stays", tmp_path / "goes"
+    with pytest.raises(Stop):
+        train(demo_store, asked, stays, on_step=stop_at(3))
+    flag.touch()
+    began = time.monotonic()
+    with pytest.raises(Stop):
+        train(demo_store, asked, goes, on_step=go_on_until_saved(goes))
+    assert 1.0 < time.monotonic() - began < 10.0
+    assert read_progress(goes / "position").epoch == -1
+    flag.unlink()  # on another machine it goes on, without such haste
+    assert same_bits(
+        train(demo_store, asked, goes).folder, train(demo_store, asked, tmp_path / "whole").folder
+    )
+    assert not (goes / "leaving").exists()
+
+
+def train_on_rank(rank: int, port: int, out: Path, store: Store, settings: Settings) -> None:
+    torch.set_num_threads(1)
+    os.environ[training.LEAVING] = str(out.parent / f"leaving_{rank}")
+    training.LEAVING_SECONDS = 0.5
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    with contextlib.suppress(Stop):
+        train(store, settings, out, on_step=go_on_until_saved(out))
+
+
+@pytest.mark.slow
+def test_the_leader_saves_when_another_worker_s_machine_is_about_to_go(
+    demo_store: Store, settings: Settings, tmp_path: Path
+) -> None:
+    asked, out = with_training(settings, batch_size=4), tmp_path / "run"
+    (tmp_path / "leaving_1").touch()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    workers = [
+        context.Process(target=train_on_rank, args=(rank, port, out, demo_store, asked))
+        for rank in range(2)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+        if worker.is_alive():
+            worker.kill()
+    assert read_progress(out / "position").epoch == -1
+    assert not (out / "last").exists()
 
 
 def test_a_stale_position_beside_a_newer_checkpoint_is_ignored(

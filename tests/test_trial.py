@@ -26,6 +26,7 @@ from brstnet.training import train
 from brstnet.training.keep import finished, read_progress
 from sweeps import trial as trials
 from sweeps.events import FILE, read
+from sweeps.nodes import BrokenNodeError
 from sweeps.space import Asked, Sweep
 from sweeps.trial import (
     ATTEMPTS,
@@ -34,6 +35,7 @@ from sweeps.trial import (
     begin_attempt,
     claimed,
     drop_models,
+    got_nowhere,
     note_error,
     train_folds,
 )
@@ -350,6 +352,32 @@ def test_attempts_are_counted_at_a_place(tmp_path: Path) -> None:
     assert "by chance" not in reason
     assert begin_attempt(tmp_path, "1") != ""
     assert begin_attempt(tmp_path, "2") == ""
+
+
+def test_a_machine_that_cannot_train_costs_a_trial_no_try(
+    demo_store: Store, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_of(demo_store, settings, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(trials, "check_gpu", raiser(BrokenNodeError("vm: the GPU does not work")))
+        for _ in range(ATTEMPTS + 2):
+            with pytest.raises(BrokenNodeError, match="the GPU does not work"):
+                run(job, FIRST)
+    assert run(job, FIRST, stop_at=1)[0]["progress"] == 0.5
+
+
+def test_a_try_that_saved_nothing_got_nowhere(tmp_path: Path) -> None:
+    assert got_nowhere(tmp_path)  # it died before its first line
+    begin_attempt(tmp_path, "1")
+    assert got_nowhere(tmp_path)
+    out = tmp_path / "fold_0"
+    out.mkdir()  # for a frozen backbone's file, or a notice that the machine goes
+    assert got_nowhere(tmp_path)
+    (out / "last").mkdir()
+    (out / "last" / "progress.json").write_text(json.dumps({"epoch": 0, "step": 0}))
+    assert not got_nowhere(tmp_path)
+    begin_attempt(tmp_path, "1")
+    assert got_nowhere(tmp_path)
 
 
 # --- two processes and one folder

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import math
+import os
 import resource
 import time
 from collections.abc import Callable, Mapping
@@ -34,6 +35,12 @@ from brstnet.training.task import Progress, Run, Task, prepare_task
 
 SAVE_SECONDS = 300.0
 """Within an epoch the position is saved this often: what a lost machine costs at most."""
+
+LEAVING = "BRSTNET_LEAVING"
+"""Variable with the path of a file: while it is there, this machine is about to go."""
+
+LEAVING_SECONDS = 5.0
+"""The position is then saved this often, until the end."""
 
 OnEpoch = Callable[[Mapping[str, float]], None]
 OnStep = Callable[[int], None]
@@ -201,7 +208,9 @@ def peak_memory_gb(device: torch.device) -> float:
 def _after_step(run: Run, on_step: OnStep | None) -> Callable[[int, Tensor], None]:
     """What is done between steps: save the position when it is due, or when training is stopped."""
     task, progress = run.task, run.progress
-    began = saved = time.monotonic()
+    began = saved = looked = time.monotonic()
+    every, machine = SAVE_SECONDS, Path(os.environ.get(LEAVING, "/tmp/brstnet-leaving"))
+    told = run.out / "leaving"  # by a worker whose machine goes, to the one that saves
     before, size = progress.part_seconds, task.training.batch_size
     spots = len(task.train.rows)
 
@@ -214,8 +223,16 @@ def _after_step(run: Run, on_step: OnStep | None) -> Callable[[int, Tensor], Non
             save_position(run, here)
 
     def after_step(step: int, total: Tensor) -> None:
-        nonlocal saved
-        if step < task.steps and time.monotonic() - saved >= SAVE_SECONDS:
+        nonlocal saved, looked, every
+        now = time.monotonic()
+        if now - looked >= 1:
+            looked = now
+            if machine.exists() and not told.exists():
+                told.parent.mkdir(parents=True, exist_ok=True)
+                told.touch()
+            if told.exists():
+                every = min(SAVE_SECONDS, LEAVING_SECONDS)
+        if step < task.steps and now - saved >= every:
             save_here(step, total)
             saved = time.monotonic()
         if on_step is None:
