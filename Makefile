@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUNS   ?= runs
+CLUSTER ?= cluster.yaml
 DEMO   := $(RUNS)/demo-tissue
 STORE  := $(RUNS)/demo-store
 HELD   := BC90007
@@ -12,7 +13,7 @@ export MALLOC_TRIM_THRESHOLD_ := 100000000000
 export MALLOC_TOP_PAD_ := 268435456
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: sweep test check quick drills ui leaderboard clean
+.PHONY: sweep test check quick drills ui up down leaderboard clean
 
 ## sweep: environment, demo tissue, a real small sweep, the leaderboard, the champion judged
 sweep: $(VENV)/.installed
@@ -24,7 +25,7 @@ sweep: $(VENV)/.installed
 	$(BIN)/python dashboards/leaderboard.py --runs $(RUNS) --sweep demo
 
 ## test: environment, lint, types, all tests
-test: $(VENV)/.installed-dev check
+test: $(VENV)/.installed-dev $(VENV)/.hosts check
 	$(BIN)/python -m pytest -m "not drill"
 
 ## quick: the tests that a developer runs all the time (under 3 minutes)
@@ -37,13 +38,17 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 ## drills: twenty kills at random moments of small real sweeps, compared with undisturbed ones
-drills: $(VENV)/.installed-dev
+drills: $(VENV)/.installed-dev $(VENV)/.hosts
 	$(BIN)/python -m pytest -m drill
 	PYTHONPATH=tests $(BIN)/python -m drills $(if $(SEED),--seed $(SEED))
 
 ## ui: the MLflow UI on 127.0.0.1, at the sweeps' runs
 ui: $(VENV)/.installed
 	$(BIN)/python sweeps/ui.py --runs $(RUNS)
+
+## up, down: a cluster, and its end; `python -m clusters --help` has all between
+up down: $(VENV)/.installed
+	$(BIN)/python -m clusters $@ $(CLUSTER)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
@@ -55,6 +60,12 @@ $(BIN)/python:
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install -c constraints.txt -e '.[genes]'
 	touch $@
+
+# sshd and rsync for the hosts of tests/cluster, unpacked beside the environment, not installed. If
+# they cannot be had those tests are skipped and say why; the next `make` tries again.
+$(VENV)/.hosts: tests/cluster/debian.sh | $(BIN)/python
+	sh tests/cluster/debian.sh $(VENV)/debian
+	test -e $(VENV)/debian/why || touch $@
 
 # staintools drags in opencv-python, which wants libGL and overlays the headless build's files:
 # the headless build goes back on top, so that both are installed and cv2 imports anywhere.

@@ -125,7 +125,7 @@ class Courier:
         events, offset = read(file, folder.offset, end)
         sent = 0
         try:
-            for part in _parts(events):
+            for part in _parts(_storable(events)):
                 self._send_or_refuse(folder, part)
                 sent += len(part)
         finally:  # a server that takes a few at a time gets on too
@@ -138,7 +138,7 @@ class Courier:
         try:
             self._send(folder, part)
         except MlflowException as error:
-            if error.error_code not in REFUSED:
+            if not _is_final(error):
                 raise
             if len(part) == 1:
                 self._refuse(part[0], error)
@@ -249,6 +249,20 @@ class Courier:
         """Events that are not delivered."""
         folders = [self.driver, *self.trials.values()]
         return sum(len(read(f.path / FILE, f.offset)[0]) for f in folders if f.pending_bytes > 0)
+
+
+def _is_final(error: MlflowException) -> bool:
+    """Whether MLflow said it, and would again: 5xx and a proxy's page of any code are no answer."""
+    return error.error_code in REFUSED and "Response body: '" not in error.message
+
+
+def _storable(value: Any) -> Any:
+    """Without the character 0: PostgreSQL cannot store it, and the server says 500 for ever."""
+    if isinstance(value, str):
+        return value.replace("\0", "")
+    if isinstance(value, dict):
+        return {key: _storable(each) for key, each in value.items()}
+    return [_storable(each) for each in value] if isinstance(value, list) else value
 
 
 def _without_reason(event: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+ROOMS = ("brstnet", "sweeps", "dashboards", "clusters")
 ENGINES = ("ray", "mlflow", "optuna")
 LEVEL = {
     "brstnet.config": 0,
@@ -19,11 +20,12 @@ LEVEL = {
     "brstnet.__main__": 4,
     "sweeps": 5,
     "dashboards": 5,
+    "clusters": 6,
 }
 
 
 def modules() -> dict[str, Path]:
-    files = [p for top in ("brstnet", "sweeps", "dashboards") for p in (ROOT / top).rglob("*.py")]
+    files = [p for top in ROOMS for p in (ROOT / top).rglob("*.py")]
     names = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in files}
     return {name.removesuffix(".__init__"): path for name, path in names.items()}
 

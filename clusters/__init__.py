@@ -1,0 +1,1 @@
+"""Runs sweeps on clusters: up, run, follow, bring home, down."""
