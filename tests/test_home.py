@@ -407,7 +407,7 @@ def test_a_server_that_is_away_or_refuses_is_said(
 # As a user does it -------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 @pytest.mark.cluster
 def test_a_real_sweep_comes_home_and_works_there(
     demo_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -242,7 +242,7 @@ def test_a_member_reads_and_changes_nothing_of_others(ours: Team) -> None:
     assert ours.ask("runs/create", ann, **run).status_code == 200
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_a_second_start_leaves_it_alone(ours: Team) -> None:
     before = team.running(ours.home / "mlflow")
     assert "already" in team.start(ours.home)
@@ -256,7 +256,7 @@ def processes(ours: Team) -> list[psutil.Process]:
     return [*found, *(child for each in found for child in each.children(recursive=True))]
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_workers_of_a_server_that_was_killed_are_not_left(ours: Team) -> None:
     """Its first process dies alone; the next start finds what it left."""
     pid = team.running(ours.home / "mlflow")
@@ -291,7 +291,7 @@ def test_it_listens_on_loopback_alone(ours: Team) -> None:
     assert found == {("127.0.0.1", ours.settings.port)}
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_a_database_that_is_gone_costs_nothing(ours: Team, tmp_path: Path) -> None:
     """The courier waits for it; what can never be stored holds up nothing."""
     client = tracking.connect(ours.settings.url)
@@ -352,7 +352,7 @@ def wait_for(condition, seconds: float = 60) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_two_heads_at_once_make_one_schema(ours: Team, tmp_path: Path) -> None:
     ours.database.execute("CREATE DATABASE two")
     uri = ours.database.uri("two")
@@ -367,7 +367,7 @@ def test_two_heads_at_once_make_one_schema(ours: Team, tmp_path: Path) -> None:
     assert (users, versions) == ((1,), (1,))
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_a_database_of_another_mlflow_is_left_as_it_is(ours: Team) -> None:
     ours.database.execute("CREATE DATABASE old")
     settings = replace(ours.settings, database=ours.database.uri("old"))
@@ -383,7 +383,7 @@ def test_a_database_of_another_mlflow_is_left_as_it_is(ours: Team) -> None:
     assert ours.database.execute(tables, "old") == [("alembic_version",)]
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_a_wrong_password_is_said_at_once(ours: Team) -> None:
     wrong = replace(ours.settings, database=ours.database.uri().replace("team:", "team:no-"))
     begun = time.monotonic()
@@ -393,7 +393,7 @@ def test_a_wrong_password_is_said_at_once(ours: Team) -> None:
     assert "s3cret" not in str(error.value)
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_a_server_that_does_not_start_says_why(ours: Team, tmp_path: Path) -> None:
     """Its port is taken, by something that is no web server."""
     values = {**ENV, "MLFLOW_BACKEND_STORE_URI": ours.database.uri()}
@@ -406,7 +406,7 @@ def test_a_server_that_does_not_start_says_why(ours: Team, tmp_path: Path) -> No
     assert team.running(tmp_path / "mlflow") is None
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_a_new_password_counts_at_once_and_stop_ends_all(ours: Team) -> None:
     file = ours.home / "tracking.env"
     account.write_secret(file, file.read_text().replace(SECRET, "another-pass-word"))

@@ -115,7 +115,8 @@ def placement_groups() -> list:
     return [g for g in placement_group_table().values() if g["state"] != "REMOVED"]
 
 
-@pytest.mark.parametrize(("workers", "cpus"), [(1, 2), pytest.param(2, 1, marks=pytest.mark.drill)])
+@pytest.mark.drill
+@pytest.mark.parametrize(("workers", "cpus"), [(1, 2), (2, 1)])
 def test_a_machine_on_which_trials_fail_at_once_is_avoided(
     cluster: tuple[Cluster, str], demo_store: Store, tmp_path: Path, workers: int, cpus: int
 ) -> None:
