@@ -155,9 +155,13 @@ def tell_end(events: Events, board: Board, name: str, outcome: dict[str, Any]) -
 
 def close_runs(events: Events, folder: Path, status: str) -> None:
     """End a trial's run, and before it that of a fold in training."""
-    for out in sorted(folder.glob("fold_*")):
-        if not (out / "told").exists():
-            events.status(f"{folder.name}/{out.name}", status)
+    folds = {out.name for out in folder.glob("fold_*")}
+    begun = last(folder / FILE, "start").get("run", "").rpartition("/")[2]
+    if begun.startswith("fold_"):
+        folds.add(begun)  # told of, but killed before it had a folder
+    for fold in sorted(folds):
+        if not (folder / fold / "told").exists():
+            events.status(f"{folder.name}/{fold}", status)
     events.status(f"{folder.name}/trial", status)
 
 
