@@ -35,8 +35,9 @@ close_secrets() {
     done
 }
 
-# The first line of ~/.bashrc and of the login shell's profile sources this file, which is written
-# anew each time. The first, since Debian's ~/.bashrc returns early where nobody types, and both, since
+# The first and the last line of ~/.bashrc and of the login shell's profile source this file, which is
+# written anew each time. The first, since Debian's ~/.bashrc returns early where nobody types; the
+# last, since pyenv or conda may put their Python before ours in between; and both files, since
 # `bash --login`, which Ray calls, reads the profile and a profile need not read ~/.bashrc.
 write_shell() {
     local file line='if [ -r ~/.brstnet/shell.sh ]; then . ~/.brstnet/shell.sh; fi'
@@ -54,8 +55,8 @@ write_shell() {
             '    if [ -r "$brstnet_env" ]; then set -a; . "$brstnet_env"; set +a; fi' \
             'done' \
             'unset brstnet_env' \
-            'case ":$PATH:" in' \
-            '    *":$HOME/brstnet/.venv/bin:"*) ;;' \
+            'case "$PATH" in' \
+            '    "$HOME/brstnet/.venv/bin:"*) ;;' \
             '    *) PATH="$HOME/brstnet/.venv/bin:$PATH" ;;' \
             'esac' \
             'export PATH RAY_AUTH_MODE=token'
@@ -75,7 +76,7 @@ write_shell() {
     mv ~/.brstnet/shell.sh.new ~/.brstnet/shell.sh
     for file in ~/.bashrc "$profile"; do
         if ! grep -qsxF "$line" "$file"; then
-            { echo "$line"; cat "$file" 2> /dev/null || true; } > "$file.brstnet"
+            { echo "$line"; cat "$file" 2> /dev/null || true; echo; echo "$line"; } > "$file.brstnet"
             mv "$file.brstnet" "$(readlink -f "$file")"
         fi
     done

@@ -1,6 +1,8 @@
 """The cluster that trials run on: Ray on this machine, or one that is there; what fits on it."""
 
+import logging
 import os
+import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,6 +19,12 @@ from sweeps.space import Sweep
 HEAD = {"CPU": 0, "node:__internal_head__": 0.001}
 """What the driver of a worker group takes: a place on the head, and no CPU that a worker needs."""
 
+GROUPS_END_SECONDS = 5.0
+"""Worker groups of a driver that has left are gone after one or two."""
+
+_joined = False
+"""Whether this process is on a cluster that was there before it, and will be after."""
+
 STARTED_FROM = Path("~/ray_bootstrap_config.yaml").expanduser()
 """Where `ray up` leaves the cluster's YAML on the head."""
 
@@ -27,6 +35,7 @@ def start_ray(plan: Sweep, address: str | None) -> None:
     The dashboard is needed where a trial has workers of its own: without it Ray frees no worker
     group of a trial that was stopped.
     """
+    global _joined
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # MLflow keeps the record
@@ -35,7 +44,8 @@ def start_ray(plan: Sweep, address: str | None) -> None:
         "log_to_driver": False,
         "logging_level": "ERROR",
     }
-    if address or os.environ.get("RAY_ADDRESS"):
+    _joined = bool(address or os.environ.get("RAY_ADDRESS"))
+    if _joined:
         ray.init(address=address, **common)
         return
     ray.init(
@@ -61,18 +71,33 @@ def capacity(address: str | None) -> dict[str, float]:
     return {key: max(now.get(key, 0.0), grown[key]) for key in {*now, *grown}}
 
 
-def release() -> None:
-    """Take back what worker groups have asked the cluster to grow to: it would go on paying.
+def leave() -> None:
+    """Leave Ray; take back what worker groups asked a cluster to grow to: it would be paid for.
 
     Ray's coordinator repeats for minutes what a group that was stopped had asked for. Started anew
-    it knows nothing; the groups of others ask it again within 20 seconds.
+    it knows nothing; the groups of others ask it again within 20 seconds. That is done when the
+    groups are gone, which is after this driver has left: until then they ask again.
     """
     if not ray.is_initialized():
         return
-    name = "AutoscalingCoordinator"
-    with suppress(ValueError):  # no group has ever asked
-        ray.kill(ray.get_actor(name, namespace=name), no_restart=False)
+    address = ray.get_runtime_context().gcs_address if _joined and _coordinator() else ""
+    ray.shutdown()
+    if not address:
+        return
+    time.sleep(GROUPS_END_SECONDS)
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    if (coordinator := _coordinator()) is not None:
+        ray.kill(coordinator, no_restart=False)
     request_resources(bundles=[])
+    ray.shutdown()
+
+
+def _coordinator() -> Any:
+    """Ray's actor that asks for what worker groups need, if one has ever been started."""
+    name = "AutoscalingCoordinator"
+    with suppress(ValueError):
+        return ray.get_actor(name, namespace=name)
+    return None
 
 
 def gpus_per_worker(plan: Sweep, resources: Mapping[str, float]) -> float:

@@ -20,7 +20,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import ray
 import yaml
 from jsonargparse import ActionConfigFile, Namespace
 from mlflow.exceptions import MlflowException
@@ -43,7 +42,7 @@ from brstnet.data.store import Store
 from sweeps import submit, tracking
 from sweeps.board import Board, Budget, alone, open_study
 from sweeps.champion import describe_leaderboard, promote, read_outcomes
-from sweeps.cluster import HEAD, capacity, gpus_per_worker, release, slots, start_ray
+from sweeps.cluster import HEAD, capacity, gpus_per_worker, leave, slots, start_ray
 from sweeps.conclude import conclude
 from sweeps.events import Events
 from sweeps.nodes import BrokenNodeError, storage_full
@@ -336,8 +335,6 @@ def launch(board: Board, events: Events, stores: dict[str, str], options: Namesp
         board.halted = board.halted or storage_full(board.out)  # Tune's and our own notes need room
         if not board.halted:
             raise
-    finally:
-        release()
 
 
 def train(
@@ -445,7 +442,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write("\nstopped; the same command goes on\n")
         return 130
     finally:
-        ray.shutdown()
+        leave()
 
 
 if __name__ == "__main__":

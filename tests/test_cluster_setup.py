@@ -251,6 +251,12 @@ def test_every_shell_has_what_ray_and_sweeps_need(
     assert path.count(path[0]) == 1
 
 
+def test_another_python_in_bashrc_does_not_come_before_ours(node: Node) -> None:
+    node.write(".bashrc", 'PATH="/somewhere/shims:$PATH"\n')
+    node.setup("head")
+    assert node.shell("-i", say='"$PATH"').split(":")[0] == str(node.venv / "bin")
+
+
 def test_the_server_is_named_where_there_is_one(node: Node) -> None:
     node.setup("head")
     uri = '"$MLFLOW_TRACKING_URI"'
@@ -273,8 +279,8 @@ def test_shells_are_written_once(node: Node) -> None:
     for _ in range(2):
         node.setup("head")
     line = "if [ -r ~/.brstnet/shell.sh ]; then . ~/.brstnet/shell.sh; fi\n"
-    assert (node.home / ".bashrc").read_text(encoding="utf-8") == f"{line}mine"
-    assert (node.home / ".profile").read_text(encoding="utf-8") == line
+    assert (node.home / ".bashrc").read_text(encoding="utf-8") == f"{line}mine\n{line}"
+    assert (node.home / ".profile").read_text(encoding="utf-8") == f"{line}\n{line}"
     node.setup("head", BRSTNET_SHARED=str(node.root / "elsewhere"))
     assert node.shell("-i", say="$BRSTNET_RUNS") == str(node.root / "elsewhere/runs")
 
