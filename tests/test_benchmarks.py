@@ -38,6 +38,7 @@ def test_the_step_is_measured_beside_its_limit_and_the_usual_loop(tmp_path: Path
     assert (tmp_path / "out.jsonl").read_text().count("\n") == 1
 
 
+@pytest.mark.drill
 def test_scaling_compares_workers_that_share_with_workers_apart() -> None:
     quick = ["--rounds", "1", "--steps", "1", "--batch", "4", "--backbone", "test_resnet"]
     head, *rows = run("scaling", *quick)

@@ -50,7 +50,14 @@ def undisturbed(
 
 @pytest.mark.cluster
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["driver", "trial actor", "tracking server"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "driver",
+        pytest.param("trial actor", marks=pytest.mark.drill),
+        pytest.param("tracking server", marks=pytest.mark.drill),
+    ],
+)
 def test_a_sweep_comes_to_the_same_whatever_is_killed(
     kind: str,
     undisturbed: dict[str, Any],
