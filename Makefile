@@ -13,7 +13,7 @@ export MALLOC_TRIM_THRESHOLD_ := 100000000000
 export MALLOC_TOP_PAD_ := 268435456
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: sweep test check quick drills ui up down leaderboard clean
+.PHONY: sweep test test-hosts test-others check quick drills ui up down leaderboard clean
 
 ## sweep: environment, demo tissue, a real small sweep, the leaderboard, the champion judged
 sweep: $(VENV)/.installed
@@ -24,9 +24,15 @@ sweep: $(VENV)/.installed
 	    --out $(RUNS)/demo/held-out --runs $(RUNS) --gene_groups $(DEMO)/truth.parquet
 	$(BIN)/python dashboards/leaderboard.py --runs $(RUNS) --sweep demo
 
-## test: environment, lint, types, all tests
+## test: environment, lint, types, all tests; those of three hosts, which mostly wait, beside the others
 test: $(VENV)/.installed-dev $(VENV)/.hosts check
-	$(BIN)/python -m pytest -m "not drill"
+	$(MAKE) --jobs=2 --output-sync=target test-hosts test-others
+
+test-hosts:
+	$(BIN)/python -m pytest -m "cluster_hosts and not drill" --durations=10
+
+test-others:
+	$(BIN)/python -m pytest -m "not cluster_hosts and not drill" --durations=40
 
 ## quick: the tests that a developer runs all the time (under 3 minutes)
 quick: $(VENV)/.installed-dev
@@ -47,7 +53,7 @@ ui: $(VENV)/.installed
 	$(BIN)/python sweeps/ui.py --runs $(RUNS)
 
 ## up, down: a cluster, and its end; `python -m clusters --help` has all between
-up down: $(VENV)/.installed
+up down: $(VENV)/.installed-cluster
 	$(BIN)/python -m clusters $@ $(CLUSTER)
 
 clean:
@@ -59,6 +65,10 @@ $(BIN)/python:
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install -c constraints.txt -e '.[genes]'
+	touch $@
+
+$(VENV)/.installed-cluster: $(VENV)/.installed
+	$(BIN)/python -m pip install -c constraints.txt -e '.[cluster,gcp]'
 	touch $@
 
 # sshd and rsync for the hosts of tests/cluster, unpacked beside the environment, not installed. If
