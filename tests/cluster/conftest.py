@@ -44,7 +44,10 @@ def tell(request: pytest.FixtureRequest) -> Callable[[str, str, float], None]:
 
     def add(failure: str, lost: str, seconds: float) -> None:
         row = {"failure": failure, "lost": lost, "work goes on after, s": str(round(seconds))}
-        request.config.stash[ROWS].append(row)
+        rows = request.config.stash[ROWS]
+        rows.append(row)
+        TABLE.parent.mkdir(exist_ok=True)
+        TABLE.write_text(json.dumps(rows, indent=1) + "\n")
 
     return add
 
@@ -56,10 +59,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    """The table, printed and kept."""
+    """The table, which is kept as well, printed."""
     if rows := config.stash[ROWS]:
-        TABLE.parent.mkdir(exist_ok=True)
-        TABLE.write_text(json.dumps(rows, indent=1) + "\n")
         terminalreporter.section(f"failures of the cluster ({TABLE})")
         for cells in (rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)):
             terminalreporter.write_line(f"| {' | '.join(cells)} |")
