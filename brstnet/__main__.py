@@ -1,4 +1,4 @@
-"""Command line: prepare, info, train, evaluate, push, demo-data."""
+"""Command line: prepare, info, train, evaluate, score, predict, push, demo-data."""
 
 import json
 import signal
@@ -22,6 +22,7 @@ from brstnet.config import (
     preset_names,
 )
 from brstnet.data.synthetic import Demo, make_demo
+from brstnet.evaluation.judging import Judging
 from brstnet.launch import pick_device, restart_with_allocator
 
 # torch takes seconds to import: only the commands that need it do.
@@ -200,8 +201,8 @@ def _evaluate_options(parser: Parser) -> None:
     parser.add_argument("store", help=STORE)
     parser.add_argument("--patients", nargs="+", required=True, help="held-out patients")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--gene_groups", type=Path, help="parquet: gene, group, maybe ceiling")
     parser.add_argument("--device", default="auto")
+    parser.add_class_arguments(Judging)
 
 
 def _evaluate(args: Namespace) -> None:
@@ -215,10 +216,94 @@ def _evaluate(args: Namespace) -> None:
         args.patients,
         args.out,
         device=pick_device(args.device),
-        gene_groups=args.gene_groups,
+        options=from_namespace(Judging, args),
     )
     _say(describe_summary(result.summary))
     _say(f"written to {args.out}")
+
+
+def _score_options(parser: Parser) -> None:
+    parser.add_argument("predictions", type=Path, help=".h5ad: obs section, spot; var gene ids")
+    parser.add_argument("store", help=STORE)
+    parser.add_argument("--patients", nargs="+", required=True, help="held-out patients")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--checkpoints", type=Path, nargs="+", default=[], help="panel and means")
+    parser.add_argument(
+        "--training_patients", nargs="+", default=[], help="or: fit panel and means on these"
+    )
+    parser.add_argument(
+        "--units", help="log_normalised, log_counts or standardised, if the file does not say it"
+    )
+    parser.add_argument("--device", default="auto", help="of the encoder")
+    parser.add_class_arguments(Judging)
+    parser.add_class_arguments(Protocol, "protocol", help="of the panel, with --training_patients")
+
+
+def _score(args: Namespace) -> None:
+    from brstnet.data.mirror import open_store
+    from brstnet.evaluation.evaluate import wanted
+    from brstnet.evaluation.others import File, from_checkpoints, score
+    from brstnet.evaluation.tables import describe_summary
+    from brstnet.evaluation.yardstick import Yardstick
+
+    if bool(args.checkpoints) == bool(args.training_patients):
+        raise ValueError(
+            "give either --checkpoints or --training_patients: panel, means and controls are "
+            "fitted on training patients, and never on those who are judged"
+        )
+    store, options = open_store(args.store, patches=False), from_namespace(Judging, args)
+    yardstick = (
+        from_checkpoints(args.checkpoints, store, args.patients)
+        if args.checkpoints
+        else Yardstick.fitted_on(store, args.training_patients, args.patients, args.protocol)
+    )
+    result = score(
+        File(path=args.predictions, units=args.units),
+        store,
+        args.patients,
+        args.out,
+        yardstick,
+        options=options,
+        fitting=wanted(options, pick_device(args.device), progress=True),
+    )
+    _say(describe_summary(result.summary))
+    _say(f"written to {args.out}")
+
+
+def _predict_options(parser: Parser) -> None:
+    parser.add_argument("checkpoints", type=Path, nargs="+", help="several: their mean and spread")
+    parser.add_argument("slide", type=Path, help="an image, or what OpenSlide reads; no counts")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--spots", type=Path, help=".csv, .parquet or .h5ad; by default a grid")
+    parser.add_argument("--mpp", type=float, help="the slide's microns per pixel, if it says none")
+    parser.add_argument("--model_mpp", type=float, help="those of the model's training slides")
+    parser.add_argument("--pitch_um", type=float, default=200.0, help="of the grid's spots")
+    parser.add_argument("--min_tissue", type=float, help="share of a window, by default .5")
+    parser.add_argument("--genes", nargs="+", default=[], help="to draw: ids or symbols")
+    parser.add_argument(
+        "--spatialdata", action="store_true", help="slide.zarr too; needs brstnet[spatial]"
+    )
+    parser.add_argument("--device", default="auto")
+
+
+def _predict(args: Namespace) -> None:
+    from brstnet.evaluation.new_slide import Asked, predict_slide
+
+    asked = Asked(
+        spots=args.spots,
+        um_per_px=args.mpp,
+        model_um_per_px=args.model_mpp,
+        pitch_um=args.pitch_um,
+        min_tissue=args.min_tissue,
+        genes=tuple(args.genes),
+        spatialdata=args.spatialdata,
+    )
+    device = pick_device(args.device)
+    result = predict_slide(args.checkpoints, args.slide, args.out, asked, device=device)
+    _say(f"{result.adata.n_obs} spots, {result.adata.n_vars} genes")
+    for warning in result.warnings:
+        _say(f"warning: {warning}")
+    _say(f"written to {result.folder}: {', '.join(result.files)}")
 
 
 def _push_options(parser: Parser) -> None:
@@ -250,6 +335,8 @@ COMMANDS = {
     "info": (_info_options, "what a store holds, and what was lost and why", _info),
     "train": (_train_options, "one fold of one configuration", _train),
     "evaluate": (_evaluate_options, "judge checkpoints on held-out patients", _evaluate),
+    "score": (_score_options, "judge anybody's predictions by the same tables", _score),
+    "predict": (_predict_options, "a slide without counts: expression at every spot", _predict),
     "push": (_push_options, "a store to object storage, for all machines", _push),
     "demo-data": (_demo_options, "synthetic tissue in the stnet layout", _demo),
 }

@@ -1,5 +1,7 @@
 """Scores per gene. Arrays are (spots, genes), numpy or torch; NaN where a score is not defined.
 
+What comes out of a score is defined or NaN, never infinite; what goes in must be finite.
+
 Shape letters: N spots, G genes, S sections.
 """
 
@@ -8,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 THRESHOLDS = (0.0, 0.1, 0.3, 0.5)
 """Genes are counted above these correlations (paper, Figs 2 and 3)."""
@@ -72,6 +75,13 @@ def _pair(pred: Any, true: Any) -> tuple[np.ndarray, np.ndarray]:
             "predictions and truth must both be (spots, genes), with at least one spot, "
             f"got {pred.shape} and {true.shape}"
         )
+    for name, side in (("predictions", pred), ("truth", true)):
+        if not np.isfinite(side).all():
+            row, column = np.argwhere(~np.isfinite(side))[0]
+            raise ValueError(
+                f"{name} must be finite, but {int((~np.isfinite(side)).sum())} values are not, the "
+                f"first ({side[row, column]}) of spot {row} and gene {column}, counted from 0"
+            )
     return pred, true
 
 
@@ -79,9 +89,71 @@ def pearson(pred: Any, true: Any) -> np.ndarray:
     """Pearson correlation per gene, (N, G) and (N, G) to (G,) float64; NaN where one is constant.
 
     Raises:
-        ValueError: the shapes differ or are not two-dimensional.
+        ValueError: the shapes differ or are not two-dimensional, or a value is not finite.
     """
     return correlation(moments(*_pair(pred, true)))
+
+
+def spot_pearson(pred: Any, true: Any) -> np.ndarray:
+    """Pearson correlation per spot over the genes, (N, G) and (N, G) to (N,) float64.
+
+    In standardised units it asks which genes are high here for what they are elsewhere; in log
+    units the genes' means alone give a high value (the training mean's is its control).
+
+    Raises:
+        ValueError: the shapes differ or are not two-dimensional, or a value is not finite.
+    """
+    pred, true = _pair(pred, true)
+    return correlation(moments(pred.T, true.T))
+
+
+def spearman(pred: Any, true: Any) -> np.ndarray:
+    """Spearman's rank correlation per gene, (G,): Pearson's of the ranks, ties at their mean.
+
+    NaN where one side is constant.
+
+    Raises:
+        ValueError: the shapes differ or are not two-dimensional, or a value is not finite.
+    """
+    ranks = (stats.rankdata(side, axis=0) for side in _pair(pred, true))
+    return correlation(moments(*ranks))
+
+
+def concordance(pred: Any, true: Any) -> np.ndarray:
+    """Lin's concordance correlation per gene, (G,): 2 sxy / (sxx + syy + (mx - my)^2).
+
+    Population moments (Lin 1989, Biometrics 45:255, with
+    1/n). It is the PCC times how well means and spreads agree: 1 only on the diagonal. 0 where the
+    prediction is constant; NaN where the truth is, of which it says nothing.
+
+    Raises:
+        ValueError: the shapes differ or are not two-dimensional, or a value is not finite.
+    """
+    m = moments(*_pair(pred, true))
+    apart = m.sxx + m.syy + m.n * (m.mx - m.my) ** 2
+    return np.where(m.syy > 0, 2 * m.sxy / np.where(m.syy > 0, apart, 1), np.nan)
+
+
+def r2_against(pred: Any, true: Any, baseline_G: Any) -> np.ndarray:
+    """1 - SSE of the prediction / SSE of a baseline that is fixed beforehand, (G,).
+
+    With the training mean as the baseline it is the out-of-sample R2 (Campbell and Thompson 2008,
+    Rev. Financ. Stud. 21:1509, eq. 1): above 0 is better than the training mean. (R2 against the
+    mean of the spots that are judged would compare with a predictor that has seen them.) NaN where
+    the baseline is exact.
+
+    Args:
+        pred: (N, G).
+        true: (N, G).
+        baseline_G: one value a gene, in the same units; 0 in standardised units.
+
+    Raises:
+        ValueError: the shapes differ or are not two-dimensional, or a value is not finite.
+    """
+    pred, true = _pair(pred, true)
+    baseline_G = np.broadcast_to(np.asarray(baseline_G, np.float64), true.shape[1:])
+    mine, its = ((true - pred) ** 2).sum(axis=0), ((true - baseline_G) ** 2).sum(axis=0)
+    return np.where(its > 0, 1 - mine / np.where(its > 0, its, 1), np.nan)
 
 
 def partial_pearson(pred: Any, true: Any, given: Any) -> np.ndarray:
@@ -92,7 +164,7 @@ def partial_pearson(pred: Any, true: Any, given: Any) -> np.ndarray:
     `given` that is constant explains nothing, and leaves the plain correlation.
 
     Raises:
-        ValueError: the shapes differ or are not two-dimensional.
+        ValueError: the shapes differ or are not two-dimensional, or a value is not finite.
     """
     pred, true = _pair(pred, true)
     given = np.asarray(given, np.float64).ravel()

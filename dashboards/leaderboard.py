@@ -39,7 +39,11 @@ DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 MEDIANS = {
     "median_pcc": "model",
     "median_pcc_colour_ridge": "control: colour ridge",
+    "median_pcc_encoder_ridge": "control: frozen encoder, ridge",
+    "median_pcc_tumour_mean": "control: tumour/normal mean",
     "median_pcc_depth_only": "control: depth only",
+    "median_pcc_shuffled_ridge": "control: labels shuffled",
+    "median_pcc_oracle_neighbour_mean": "oracle: neighbours' truth",
     "median_partial_pcc": "model, partial given depth",
     "median_partial_pcc_colour_ridge": "control: colour ridge, partial given depth",
 }

@@ -3,6 +3,7 @@
 python sweeps/evaluate.py models:/brstnet@champion STORE --patients B --out DIR
 """
 
+import math
 import os
 import sys
 import tempfile
@@ -14,9 +15,10 @@ from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.exceptions import MlflowException
 
-from brstnet.config import Parser
+from brstnet.config import Parser, from_namespace
 from brstnet.data.mirror import open_store
 from brstnet.evaluation.evaluate import Evaluation, evaluate
+from brstnet.evaluation.judging import Judging
 from brstnet.evaluation.tables import describe_summary
 from brstnet.launch import pick_device
 from sweeps import tracking
@@ -37,7 +39,7 @@ def make_parser() -> Parser:
         default=os.environ.get("MLFLOW_TRACKING_URI"),
         help="MLflow server; default: MLFLOW_TRACKING_URI, or the database in --runs",
     )
-    parser.add_argument("--gene_groups", type=Path, help="parquet: gene, group, maybe ceiling")
+    parser.add_class_arguments(Judging)
     parser.add_argument("--device", default="auto")
     return parser
 
@@ -65,7 +67,7 @@ def judge(options: Namespace) -> Evaluation:
             options.patients,
             options.out,
             device=pick_device(options.device),
-            gene_groups=options.gene_groups,
+            options=from_namespace(Judging, options),
         )
     log_evaluation(client, str(version.run_id), options, result)
     return result
@@ -86,7 +88,9 @@ def log_evaluation(
     name = f"evaluation on {patients}"
     experiment = trial.info.experiment_id
     run_id = tracking.start_run(client, experiment, "evaluation", name, tags, trial_run)
-    numbers = {k: v for k, v in result.summary.items() if isinstance(v, int | float)}
+    numbers = {
+        k: v for k, v in result.summary.items() if isinstance(v, int | float) and math.isfinite(v)
+    }
     for group, found in result.summary.get("groups", {}).items():
         numbers |= {f"{group}_{k}": v for k, v in found.items()}
     tracking.log(client, run_id, numbers)

@@ -14,7 +14,7 @@ import pytest
 from scipy import sparse, stats
 
 from brstnet import metrics
-from brstnet.evaluation import ceiling, tables
+from brstnet.evaluation import ceiling
 from brstnet.evaluation.ceiling import (
     ceiling_of,
     chance_limit,
@@ -24,6 +24,7 @@ from brstnet.evaluation.ceiling import (
     spearman_brown,
     thin,
 )
+from brstnet.evaluation.scores import TRUTH, Where, tidy_rows
 from brstnet.training.fitted import transform
 
 OTHERS = 4000
@@ -273,6 +274,6 @@ def test_what_cannot_be_thinned_is_refused() -> None:
 def test_scores_go_into_the_tidy_table() -> None:
     _, counts, totals = drawn(np.random.default_rng(0), 10, 0.7, shape=(60, 3))
     scores = noise_ceiling(sparse.csr_matrix(counts), totals, in_units("log_counts")).scores()
-    tidy = tables.tidy(scores, pd.Index(["a", "b", "c"]), "P1", "P1_A", 60)
+    tidy = tidy_rows(scores, pd.Index(["a", "b", "c"]), Where("P1_A", "P1", "", TRUTH, 60))
     assert set(tidy["metric"]) == {"ceiling", "ceiling_partial", "half_pcc", "half_partial_pcc"}
     assert len(tidy) == 12

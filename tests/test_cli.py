@@ -263,7 +263,7 @@ def test_faults_of_a_settings_file(
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
-        ([], 'expected "subcommand" to be one of {prepare,info,train,evaluate,push, ...}'),
+        ([], 'expected "subcommand" to be one of {prepare,info,train,evaluate,score, ...}'),
         (["prepar"], "invalid choice: 'prepar'"),
         (["prepare", "raw"], "arguments are required: prepare.store"),
         (["prepare", "raw", "store", "--layout", "visium"], "Got value: visium"),

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy.stats import pearsonr
+from scipy.stats import pearsonr, spearmanr
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 
@@ -22,8 +22,21 @@ from brstnet import metrics
 from brstnet.config import Settings, plain
 from brstnet.data.store import Store
 from brstnet.evaluation import controls, plots, tables, validation
-from brstnet.evaluation.evaluate import Evaluation, evaluate, measured, scored_genes, standardise
+from brstnet.evaluation.evaluate import Evaluation, evaluate
+from brstnet.evaluation.judging import Judging
 from brstnet.evaluation.predict import find_checkpoints, load_ensemble, predict, predict_mean
+from brstnet.evaluation.scores import (
+    COLUMNS,
+    GENE_METRICS,
+    METRICS,
+    MODEL,
+    SHARES,
+    TRUTH,
+    Where,
+    gene_scores,
+    tidy_rows,
+)
+from brstnet.evaluation.yardstick import measured, scored_genes, standardise
 from brstnet.training import checkpoint
 from brstnet.training.batches import Units, load_spots
 from brstnet.training.fitted import training_rows
@@ -33,6 +46,14 @@ from brstnet.training.train import fit
 CPU = torch.device("cpu")
 HELD_OUT, SECTION = "BC90006", "BC90006_C1"
 PANEL = 40
+CONTROLS = {
+    "depth_only",
+    "training_mean",
+    "oracle_neighbour_mean",
+    "tumour_mean",
+    "colour_ridge",
+    "shuffled_ridge",
+}
 
 
 def quiet(note: Mapping[str, float]) -> None:
@@ -51,12 +72,22 @@ def trained(
     return folder
 
 
+def panel_of(genes: pd.DataFrame) -> pd.Index:
+    return genes.index[genes["panel"].to_numpy(bool)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Judged:
     """An evaluation and the folder it was written to."""
 
     found: Evaluation
     out: Path
+
+    @property
+    def model(self) -> pd.DataFrame:
+        """The model's own scores of the panel's genes."""
+        scores, genes = self.found.scores, self.found.genes
+        return scores[(scores["predictor"] == MODEL) & scores["gene"].isin(panel_of(genes))]
 
     @property
     def adata(self) -> anndata.AnnData:
@@ -75,7 +106,7 @@ def judged(
         [HELD_OUT],
         out,
         device=CPU,
-        gene_groups=demo_raw / "truth.parquet",
+        options=Judging(gene_groups=demo_raw / "truth.parquet"),
         progress=False,
     )
     return Judged(found, out)
@@ -158,25 +189,36 @@ def test_a_store_that_was_prepared_otherwise_is_refused(
 
 
 def test_scores_are_tidy(judged: Judged, demo_store: Store) -> None:
-    scores = judged.found.scores
-    assert list(scores) == ["gene", "patient", "section", "metric", "value", "n"]
-    assert set(scores["metric"]) == set(tables.SCORES)
-    assert len(scores) == PANEL * len(tables.SCORES)
-    assert not scores.duplicated(["gene", "section", "metric"]).any()
+    scores, genes = judged.found.scores, judged.found.genes
+    assert list(scores) == COLUMNS
+    assert set(scores["metric"]) == set(METRICS)
+    assert set(scores["predictor"]) == {*CONTROLS, MODEL, TRUTH}
+    assert not scores.duplicated(["gene", "section", "predictor", "metric"]).any()
     assert scores["patient"].unique().tolist() == [HELD_OUT]
-    assert scores["section"].unique().tolist() == [SECTION]
-    assert scores["n"].unique().tolist() == [demo_store.sections[SECTION]["spots_kept"]]
+    assert scores["section"].unique().tolist() == [SECTION, ""]
+    assert scores["fold"].unique().tolist() == ["0,1"]
+    per_gene = scores[scores["gene"] != ""]
+    assert per_gene["n"].unique().tolist() == [demo_store.sections[SECTION]["spots_kept"]]
+    assert set(per_gene["gene"]) == set(genes.index)
+    rows = len(GENE_METRICS) * 2 + len(SHARES)
+    each = per_gene[per_gene["predictor"] != TRUTH].groupby(["gene", "predictor"]).size()
+    assert each.unique().tolist() == [rows]
+    assert scores["metric"].str.endswith("_pooled").eq(scores["section"] == "").all()
 
 
 def test_scores_are_those_of_the_predictions_by_scipy_and_lstsq(judged: Judged) -> None:
     adata = judged.adata
     pred, true = adata.X.astype(float), adata.layers["measured"].astype(float)
+    std = adata.var["std"].to_numpy()
     depth = np.log1p(adata.obs["total_counts"].to_numpy(float))
     design = np.column_stack([np.ones(len(depth)), depth])
     left_pred, left_true = (
         side - design @ np.linalg.lstsq(design, side, rcond=None)[0] for side in (pred, true)
     )
-    wide = judged.found.scores.pivot_table(index="gene", columns="metric", values="value")
+    scores = judged.found.scores
+    mine, other_N = (scores[scores["predictor"] == name] for name in (MODEL, "depth_only"))
+    wide = mine.pivot_table(index="gene", columns="metric", values="value")
+    alone = other_N[other_N["metric"] == "pcc"].set_index("gene")["value"]
     for column, gene in enumerate(adata.var_names):
         one, other = pred[:, column], true[:, column]
         reference = {
@@ -184,20 +226,27 @@ def test_scores_are_those_of_the_predictions_by_scipy_and_lstsq(judged: Judged) 
             "partial_pcc": pearsonr(left_pred[:, column], left_true[:, column]).statistic,
             "mae": np.abs(one - other).mean(),
             "rmse": np.sqrt(((one - other) ** 2).mean()),
-            "pcc_depth_only": pearsonr(depth, other).statistic,
+            "mae_log": np.abs(one - other).mean() * std[column],
+            "spearman": spearmanr(one, other).statistic,
+            "r2": 1 - ((one - other) ** 2).sum() / (other**2).sum(),
+            "pcc_pooled": pearsonr(one, other).statistic,  # one section
         }
-        for name in ("pcc", "partial_pcc", "mae", "rmse"):
-            assert wide.loc[gene, name] == pytest.approx(reference[name], abs=2e-5), (gene, name)
-        assert abs(wide.loc[gene, "pcc_depth_only"]) == pytest.approx(
-            abs(reference["pcc_depth_only"]), abs=2e-5
-        )
+        for name, value in reference.items():
+            assert wide.loc[gene, name] == pytest.approx(value, abs=2e-5), (gene, name)
+        by_depth = pearsonr(depth, other).statistic
+        assert abs(alone[gene]) == pytest.approx(abs(by_depth), abs=2e-5)
 
 
 def test_the_summary_follows_from_the_written_scores(judged: Judged, demo_raw: Path) -> None:
     scores = pd.read_parquet(judged.out / "scores.parquet")
     summary = json.loads((judged.out / "summary.json").read_text())
-    by_gene = {m: part.groupby("gene")["value"].median() for m, part in scores.groupby("metric")}
-    pcc = by_gene["pcc"]
+    scores = scores[scores["gene"].isin(panel_of(judged.found.genes))]
+    by_gene = {
+        predictor: {m: p.groupby("gene")["value"].median() for m, p in part.groupby("metric")}
+        for predictor, part in scores.groupby("predictor")
+    }
+    ours, depth, ridge = (by_gene[name] for name in (MODEL, "depth_only", "colour_ridge"))
+    pcc = ours["pcc"]
     expected = {
         "genes": PANEL,
         "genes_without_pcc": 0,
@@ -206,14 +255,14 @@ def test_the_summary_follows_from_the_written_scores(judged: Judged, demo_raw: P
         "genes_above_0.1": (pcc > 0.1).sum(),
         "genes_above_0.3": (pcc > 0.3).sum(),
         "genes_above_0.5": (pcc > 0.5).sum(),
-        "aMAE": by_gene["mae"].mean(),
-        "aRMSE": by_gene["rmse"].mean(),
-        "median_partial_pcc": by_gene["partial_pcc"].median(),
-        "median_pcc_depth_only": by_gene["pcc_depth_only"].median(),
-        "median_pcc_colour_ridge": by_gene["pcc_colour_ridge"].median(),
-        "median_partial_pcc_colour_ridge": by_gene["partial_pcc_colour_ridge"].median(),
-        "depth_only_genes_above_0": (by_gene["pcc_depth_only"] > 0).sum(),
-        "colour_ridge_genes_above_0.3": (by_gene["pcc_colour_ridge"] > 0.3).sum(),
+        "aMAE": ours["mae"].mean(),
+        "aRMSE": ours["rmse"].mean(),
+        "median_partial_pcc": ours["partial_pcc"].median(),
+        "median_pcc_depth_only": depth["pcc"].median(),
+        "median_pcc_colour_ridge": ridge["pcc"].median(),
+        "median_partial_pcc_colour_ridge": ridge["partial_pcc"].median(),
+        "depth_only_genes_above_0": (depth["pcc"] > 0).sum(),
+        "colour_ridge_genes_above_0.3": (ridge["pcc"] > 0.3).sum(),
     }
     for name, value in expected.items():
         assert summary[name] == pytest.approx(value, abs=1e-9), name
@@ -236,6 +285,9 @@ def test_every_file_is_written_and_says_its_protocol(judged: Judged, settings: S
     assert written == {
         "scores.parquet",
         "scores.csv",
+        "spots.parquet",
+        "subgroups.csv",
+        "null.csv",
         "genes.csv",
         "summary.json",
         "protocol.json",
@@ -245,7 +297,8 @@ def test_every_file_is_written_and_says_its_protocol(judged: Judged, settings: S
     }
     for figure in (judged.out / "figures").iterdir():
         assert figure.read_bytes().startswith(b"\x89PNG")
-    csv = pd.read_csv(judged.out / "scores.csv")
+    csv = pd.read_csv(judged.out / "scores.csv", na_values="", keep_default_na=True)
+    csv[["gene", "section"]] = csv[["gene", "section"]].fillna("")
     pd.testing.assert_frame_equal(csv, pd.read_parquet(judged.out / "scores.parquet"))
     protocol = json.loads((judged.out / "protocol.json").read_text())
     assert protocol["protocol"] == plain(settings.protocol)
@@ -308,7 +361,8 @@ def test_the_mean_of_models_is_the_mean_of_their_predictions(
     np.testing.assert_allclose(mean, expected, rtol=1e-6)
     panel = ensemble.genes[ensemble.genes["panel"]]
     scaled = (mean[:, :PANEL] - panel["mean"].to_numpy()) / panel["std"].to_numpy()
-    np.testing.assert_allclose(judged.adata.X, scaled, rtol=1e-4, atol=1e-4)
+    assert judged.adata.var_names[:PANEL].tolist() == panel.index.tolist()
+    np.testing.assert_allclose(judged.adata.X[:, :PANEL], scaled, rtol=1e-4, atol=1e-4)
 
 
 def test_an_ensemble_predicts_the_genes_that_all_its_members_do(
@@ -403,13 +457,15 @@ def test_panel_genes_that_the_store_lacks_are_reported_and_the_rest_judged(
     assert found.summary["genes"] == PANEL - 3
     assert "not available" in found.protocol["controls"]["colour_ridge"]
     assert "median_pcc_colour_ridge" not in found.summary
-    whole = judged.found.scores
-    expected = whole[~whole["gene"].isin(lacking) & ~whole["metric"].str.contains("ridge")]
-    keys = ["gene", "metric"]
-    pd.testing.assert_frame_equal(
-        found.scores.sort_values(keys, ignore_index=True),
-        expected.sort_values(keys, ignore_index=True),
+    assert found.summary["not_available"]["colour_ridge"].startswith("not available")
+    here, whole = found.scores, judged.model
+    here = here[(here["predictor"] == MODEL) & here["gene"].isin(panel_of(found.genes))]
+    keys = ["gene", "section", "metric"]
+    expected = whole[~whole["gene"].isin(lacking)]
+    one, other = (
+        t[~t["metric"].isin(SHARES)].sort_values(keys, ignore_index=True) for t in (here, expected)
     )
+    pd.testing.assert_frame_equal(one, other)
 
 
 def test_a_store_with_none_of_the_genes_is_refused(
@@ -489,10 +545,9 @@ def test_the_ridge_of_an_evaluation_is_fitted_on_the_models_spots_alone(
     model = Ridge(facts["alpha"]).fit(scaler.transform(x), y)
     here = controls.colour_features(demo_store, [SECTION], progress=False)
     pred = model.predict(scaler.transform(here))
-    expected = metrics.pearson(pred, judged.adata.layers["measured"])
-    scores = judged.found.scores
-    ours = scores[scores["metric"] == "pcc_colour_ridge"].set_index("gene")["value"]
-    np.testing.assert_allclose(ours[judged.adata.var_names], expected, atol=1e-4)
+    expected = metrics.pearson(pred, judged.adata.layers["measured"][:, :PANEL])
+    ours = judged.found.genes["pcc_colour_ridge"][genes.index]
+    np.testing.assert_allclose(ours, expected, atol=1e-4)
 
 
 def test_53_colour_statistics_of_a_plain_and_of_a_striped_patch() -> None:
@@ -541,45 +596,76 @@ def test_depth_only_is_the_line_fitted_on_training_spots() -> None:
 # Tables ------------------------------------------------------------------------------------------
 
 
-def test_section_scores_of_planted_predictions() -> None:
+def tidy(scores: dict[str, np.ndarray], section: str, predictor: str = MODEL) -> pd.DataFrame:
+    genes = pd.Index([f"g{i + 1}" for i in range(len(next(iter(scores.values()))))])
+    return tidy_rows(scores, genes, Where(section, "p", "0", predictor, 9))
+
+
+def test_scores_of_planted_predictions() -> None:
     rng = np.random.default_rng(0)
     true, depth = rng.normal(size=(30, 4)), rng.normal(size=30)
-    scores = tables.section_scores(true + 1, true, {"depth_only": -true}, depth)
-    np.testing.assert_allclose(scores["pcc"], 1)
-    np.testing.assert_allclose(scores["mae"], 1)
-    np.testing.assert_allclose(scores["rmse"], 1)
-    np.testing.assert_allclose(scores["pcc_depth_only"], -1)
-    assert set(scores) == {"pcc", "partial_pcc", "mae", "rmse", "pcc_depth_only"}
+    scores = gene_scores(true + 1, true, depth, np.array([1.0, 2.0, 3.0, 4.0]))
+    for name in ("pcc", "partial_pcc", "spearman", "mae", "rmse"):
+        np.testing.assert_allclose(scores[name], 1)
+    for name in ("mae_log", "rmse_log"):
+        np.testing.assert_allclose(scores[name], [1, 2, 3, 4])
+    np.testing.assert_allclose(scores["r2"], 1 - 30 / (true**2).sum(axis=0))
+    assert (scores["ccc"] < 1).all()
+    assert not [name for name in scores if "smoothed" in name]
 
 
 def test_the_table_of_genes_is_the_median_over_sections_best_first() -> None:
-    genes = pd.Index(["g1", "g2", "g3"])
     parts = [
-        tables.tidy({"pcc": np.array(pcc), "mae": np.ones(3)}, genes, "p", section, 9)
+        tidy({"pcc": np.array(pcc), "mae": np.ones(3)}, section)
         for section, pcc in (("a", [0.1, 0.5, np.nan]), ("b", [0.2, 0.7, 0.9]), ("c", [0.9, 0, 1]))
     ]
-    symbols = pd.Series(["S1", "S2", "S3"], index=genes)
-    table = tables.gene_table(pd.concat(parts), symbols)
+    genes = pd.DataFrame({"symbol": ["S1", "S2", "S3"]}, index=pd.Index(["g1", "g2", "g3"]))
+    table = tables.gene_table(pd.concat(parts), genes)
     assert table.index.tolist() == ["g3", "g2", "g1"]
     assert table["pcc"].tolist() == pytest.approx([0.95, 0.5, 0.2])
     assert table["symbol"].tolist() == ["S3", "S2", "S1"]
 
 
 def test_a_model_that_knows_nothing_still_gets_a_table_and_a_summary() -> None:
-    """Constant predictions have no correlation with anything."""
+    """Constant predictions have no correlation with anything, and count as 0."""
     true = np.random.default_rng(0).normal(size=(30, 4))
+    true[:, 3] = 1.5  # of which nothing can be said
     flat = np.zeros((30, 4))
-    scores = tables.section_scores(flat, true, {"depth_only": flat}, np.arange(30.0))
-    genes = pd.Index(list("abcd"))
-    table = tables.gene_table(
-        tables.tidy(scores, genes, "p", "s", 30), pd.Series(list("ABCD"), index=genes)
-    )
-    summary = tables.summarise(table)
+    scores = gene_scores(flat, true, np.arange(30.0), np.ones(4))
+    scores = pd.concat([tidy(scores, "s"), tidy(scores, "s", "training_mean")])
+    names = pd.Index([f"g{i}" for i in range(1, 5)])
+    genes = pd.DataFrame({"symbol": names, "panel": True}, index=names)
+    table = tables.gene_table(scores, genes)
+    assert table["pcc"].isna().all()
+    summary = tables.summarise(scores, genes)
     assert summary["genes_without_pcc"] == 4
-    assert np.isnan(summary["median_pcc"])
+    assert summary["median_pcc"] == 0
     assert summary["genes_above_0"] == 0
-    assert summary["depth_only_genes_above_0"] == 0
+    assert summary["training_mean_genes_above_0"] == 0
+    assert summary["median_r2"] == 0
+    printed = tables.describe_summary({"protocol": "here", **summary})
+    assert "4 genes have no PCC of their own; they count as 0" in printed
     plots.plot_histogram(plots.histogram_info(table), "nothing")
+
+
+def test_summaries_say_how_sections_and_patients_are_brought_together() -> None:
+    """Gene 1: 0.1 and 0.3 of a, 0.8 of b, 0 of c, where its prediction is constant."""
+    parts = []
+    for patient, section, pcc in (
+        ("a", "a1", 0.1),
+        ("a", "a2", 0.3),
+        ("b", "b", 0.8),
+        ("c", "c", np.nan),
+    ):
+        scores = {"pcc": np.array([pcc, np.nan]), "ccc": np.array([0.0, np.nan])}
+        where = Where(section, patient, "", MODEL, 9)
+        parts.append(tidy_rows(scores, pd.Index(["g1", "g2"]), where))
+    found = tables.predictor_summary(pd.concat(parts), MODEL, ["g1", "g2"])
+    assert found["median_pcc"] == pytest.approx(0.2)
+    assert found["median_pcc_section_mean"] == pytest.approx(0.3)
+    assert found["median_pcc_patient_median"] == pytest.approx(0.2)
+    assert found["genes_without_pcc"] == 1
+    assert found["genes"] == 2
 
 
 def test_gene_groups_are_summed_up_apart(tmp_path: Path) -> None:
@@ -623,7 +709,7 @@ def test_gene_groups_that_lack_a_column_are_refused_before_anything_is_predicted
                 [HELD_OUT],
                 tmp_path / "out",
                 device=CPU,
-                gene_groups=groups,
+                options=Judging(gene_groups=groups),
                 progress=False,
             )
 
@@ -659,7 +745,7 @@ def test_the_map_holds_what_the_exported_predictions_do(judged: Judged) -> None:
 
 def test_exported_predictions_know_where_they_are_from(judged: Judged, demo_store: Store) -> None:
     adata, spots = judged.adata, demo_store.spots([SECTION])
-    assert adata.shape == (len(spots), PANEL)
+    assert adata.shape == (len(spots), len(judged.found.genes))
     assert adata.obs_names.tolist() == [f"{SECTION}_{spot}" for spot in spots["spot"]]
     np.testing.assert_array_equal(adata.obs["total_counts"], spots["total_counts"])
     np.testing.assert_array_equal(adata.obsm["spatial"], spots[["pixel_x", "pixel_y"]])
@@ -739,16 +825,18 @@ def test_several_sections_are_scored_apart_and_the_median_taken(
         index["sections"].append({**entry, "section": folder.name, "spots_kept": kept})
     (one.path / "index.json").write_text(json.dumps(index))
     found = judge(trained, Store(one.path), tmp_path / "out")
-    pcc = found.scores[found.scores["metric"] == "pcc"].pivot_table(
-        index="gene", columns="section", values="value"
-    )
+    mine = found.scores[found.scores["predictor"] == MODEL]
+    pcc = mine[mine["metric"] == "pcc"].pivot_table(index="gene", columns="section", values="value")
+    pcc = pcc.loc[panel_of(found.genes)]
     whole = judged.found.genes["pcc"][pcc.index]
     for name in ("C1", "C2"):
         np.testing.assert_allclose(pcc[f"{HELD_OUT}_{name}"], whole, atol=1e-3)
     median = pcc.median(axis=1)
     np.testing.assert_allclose(found.genes["pcc"][pcc.index], median)
     assert found.summary["median_pcc"] == pytest.approx(median.median())
+    assert found.summary["median_pcc_section_mean"] == pytest.approx(pcc.mean(axis=1).median())
     assert set(found.summary["median_pcc_by_section"]) == set(pcc)
-    assert found.scores.groupby("section")["n"].first().tolist() == [24, 24, 12]
+    genes = found.scores[found.scores["gene"] != ""]
+    assert genes.groupby("section")["n"].first().tolist() == [60, 24, 24, 12]
     figures = {p.name for p in (tmp_path / "out" / "figures").iterdir()}
     assert figures == {"pcc_histogram.png", *(f"genes_{name}.png" for name in pcc)}

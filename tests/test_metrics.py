@@ -1,12 +1,19 @@
-"""Scores per gene against scipy, numpy's longdouble and answers worked out by hand."""
+"""Scores per gene against scipy, scikit-learn, longdouble and answers worked out by hand."""
 
+from collections.abc import Callable
 from functools import reduce
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import pearsonr
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import (
+    mean_absolute_error,
+    mean_squared_error,
+    r2_score,
+    root_mean_squared_error,
+)
 
 from brstnet import metrics
 from brstnet.metrics import Moments
@@ -211,3 +218,107 @@ def test_genes_are_counted_above_the_papers_thresholds() -> None:
 def test_nanmedian_leaves_out_what_is_not_known() -> None:
     assert metrics.nanmedian([1, float("nan"), 3, 10]) == 3
     assert np.isnan(metrics.nanmedian([float("nan")]))
+
+
+# Rank, concordance, R2, per spot -----------------------------------------------------------------
+
+
+def adversarial(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of 40 spots: plain, ties, huge offsets, tiny spreads, opposite, nearly constant."""
+    rng = np.random.default_rng(seed)
+    x, y = draw(40, 6, seed)
+    x[:, 1], y[:, 1] = rng.integers(0, 3, 40), rng.integers(0, 4, 40)
+    x[:, 2], y[:, 2] = x[:, 2] + 1e6, y[:, 2] - 1e6
+    x[:, 3], y[:, 3] = 1e-7 * x[:, 3] + 1, 1e-7 * y[:, 3] + 1
+    y[:, 4] = -x[:, 4]
+    x[:, 5], y[:, 5] = np.eye(40)[3], np.eye(40)[7]
+    return x, y
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_spearman_is_scipys_ties_and_all(seed: int) -> None:
+    x, y = adversarial(seed)
+    reference = [spearmanr(x[:, g], y[:, g]).statistic for g in range(6)]
+    np.testing.assert_allclose(metrics.spearman(x, y), reference, atol=1e-12)
+    np.testing.assert_allclose(metrics.spearman(x**3, y), metrics.spearman(x, y), atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_concordance_is_lins_formula_in_extended_precision(seed: int) -> None:
+    x, y = adversarial(seed)
+    a, b = x.astype(np.longdouble), y.astype(np.longdouble)
+    cov = ((a - a.mean(0)) * (b - b.mean(0))).mean(0)
+    reference = 2 * cov / (a.var(0) + b.var(0) + (a.mean(0) - b.mean(0)) ** 2)
+    got = metrics.concordance(x, y)
+    np.testing.assert_allclose(got, reference.astype(float), rtol=1e-9, atol=1e-15)
+    np.testing.assert_allclose(metrics.concordance(x, x), 1)
+    assert (np.abs(got) <= np.abs(metrics.pearson(x, y)) + 1e-12).all()
+
+
+def test_r2_is_sklearns_where_the_baseline_is_the_mean_and_errors_are_sklearns() -> None:
+    x, y = adversarial()
+    reference = r2_score(y, x, multioutput="raw_values")
+    np.testing.assert_allclose(metrics.r2_against(x, y, y.mean(axis=0)), reference, rtol=1e-6)
+    other = np.full_like(y, 0.7)
+    by_hand = 1 - mean_squared_error(y, x, multioutput="raw_values") / mean_squared_error(
+        y, other, multioutput="raw_values"
+    )
+    np.testing.assert_allclose(metrics.r2_against(x, y, 0.7), by_hand, rtol=1e-9)
+    assert metrics.r2_against(other, y, 0.7).tolist() == [0] * 6
+    for ours, theirs in (
+        (metrics.mean_absolute_error, mean_absolute_error),
+        (metrics.root_mean_square_error, root_mean_squared_error),
+    ):
+        np.testing.assert_allclose(ours(x, y), theirs(y, x, multioutput="raw_values"), rtol=1e-12)
+
+
+def test_the_correlation_of_a_spot_is_scipys_over_its_genes() -> None:
+    x, y = draw(9, 30)
+    reference = [pearsonr(one, other).statistic for one, other in zip(x, y, strict=True)]
+    np.testing.assert_allclose(metrics.spot_pearson(x, y), reference, atol=1e-12)
+    x[2], y[5] = 7, -1
+    assert np.flatnonzero(np.isnan(metrics.spot_pearson(x, y))).tolist() == [2, 5]
+
+
+def test_what_is_constant_has_no_rank_correlation_and_a_constant_prediction_no_concordance() -> (
+    None
+):
+    varying, constant = draw(50, 2)[0], np.full((50, 2), 1e6 + 0.1)
+    for pred, true in ((constant, varying), (varying, constant), (constant, constant)):
+        assert np.isnan(metrics.spearman(pred, true)).all()
+    assert metrics.concordance(constant, varying).tolist() == [0, 0]
+    assert np.isnan(metrics.concordance(varying, constant)).all()
+    assert np.isnan(metrics.r2_against(varying, constant, constant[0])).all()
+    assert (metrics.r2_against(varying, constant, 0.0) < 1).all()
+
+
+def test_one_spot_has_errors_but_no_correlation() -> None:
+    pred, true = np.array([[1.0, 2.0]]), np.array([[3.0, 2.0]])
+    for score in (metrics.spearman, metrics.concordance, metrics.pearson):
+        assert np.isnan(score(pred, true)).all()
+    assert metrics.r2_against(pred, true, 1.0).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "score",
+    [
+        metrics.pearson,
+        metrics.spearman,
+        metrics.concordance,
+        metrics.spot_pearson,
+        metrics.mean_absolute_error,
+        metrics.root_mean_square_error,
+        lambda pred, true: metrics.r2_against(pred, true, 0.0),
+        lambda pred, true: metrics.partial_pearson(pred, true, np.arange(4.0)),
+    ],
+)
+def test_what_is_no_number_is_refused_by_name(
+    score: Callable[[np.ndarray, np.ndarray], np.ndarray], value: float
+) -> None:
+    good, bad = draw(4, 3)
+    bad[2, 1] = bad[3, 1] = value
+    with pytest.raises(ValueError, match=r"truth must be finite, but 2 .* spot 2 and gene 1"):
+        score(good, bad)
+    with pytest.raises(ValueError, match=r"predictions must be finite"):
+        score(bad, good)

@@ -17,8 +17,8 @@ def to_anndata(
 ) -> anndata.AnnData:
     """Predictions as X and measurements as a layer, both in standardised log units.
 
-    `obs` holds section, patient, position and total count; `obsm["spatial"]` slide pixels; `uns`
-    the protocol, as JSON.
+    `obs` holds section, patient, position and total count; `obsm["spatial"]` slide pixels; `var`
+    each gene's mean and standard deviation in log units; `uns` the units and the protocol, as JSON.
     """
     obs = spots.copy()
     obs.index = pd.Index(spots["section"].astype(str) + "_" + spots["spot"].astype(str))
@@ -28,5 +28,9 @@ def to_anndata(
         obs=obs,
         var=genes[["symbol", "mean", "std"]],
         obsm={"spatial": spots[["pixel_x", "pixel_y"]].to_numpy(float)},
-        uns={"brstnet_protocol_line": protocol["line"], "brstnet_protocol": json.dumps(protocol)},
+        uns={
+            "brstnet_units": "standardised",
+            "brstnet_protocol_line": protocol["line"],
+            "brstnet_protocol": json.dumps(protocol),
+        },
     )

@@ -1,99 +1,204 @@
-"""Scores as tables: tidy, per gene, and the summary that a paper quotes."""
+"""Scores summed up: per gene, per predictor, and the figures that a paper quotes.
 
-from collections.abc import Mapping
+Where scores are summed up a constant prediction counts as 0, as in `metrics.fold_score`: left out,
+a model that knows nothing would be rewarded. A gene whose truth is constant on a section says
+nothing there, and is left out there.
+"""
+
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from brstnet import metrics
+from brstnet.evaluation.scores import CORRELATIONS, MODEL, TRUTH
 
-SCORES = {
-    "pcc": "Pearson correlation of prediction and measurement over the section's spots",
-    "partial_pcc": "the same given the log of the spot's total count",
-    "pcc_depth_only": "of a predictor that knows only the spot's total count",
-    "pcc_colour_ridge": "of a ridge on 53 colour and texture statistics of the patch",
-    "partial_pcc_colour_ridge": "the ridge's, given the log of the spot's total count",
-    "mae": "mean absolute error, in training standard deviations of the gene",
-    "rmse": "root mean square error, in training standard deviations of the gene",
+NAMES = {
+    MODEL: "model",
+    "encoder_ridge": "frozen encoder, ridge",
+    "colour_ridge": "colour ridge",
+    "tumour_mean": "tumour/normal mean",
+    "depth_only": "total count only",
+    "training_mean": "training mean",
+    "shuffled_ridge": "labels shuffled, ridge",
+    "oracle_neighbour_mean": "oracle: neighbours",
+}
+"""What predictors are called in print, in the order of the printed table."""
+PANELS = {
+    "variable": "most variable genes by the target's standard deviation, in log units, on the "
+    "training spots",
+    "listed": "genes of the user's list",
 }
 
 
-def section_scores(
-    pred_NG: np.ndarray,
-    true_NG: np.ndarray,
-    controls: Mapping[str, np.ndarray],
-    log_total_N: np.ndarray,
-) -> dict[str, np.ndarray]:
-    """All scores of one section, (G,) each; predictions and truth in standardised units.
+def values(scores: pd.DataFrame, predictor: str, genes: Sequence[str] | pd.Index) -> pd.DataFrame:
+    """One predictor's scores: a row per section and gene, a column per metric.
+
+    A correlation that is missing because the prediction alone is constant is 0 (Lin's concordance
+    is 0 there, and NaN where the truth is constant). Index patient, section, gene.
+    """
+    mine = scores[(scores["predictor"] == predictor) & scores["gene"].isin(list(genes))]
+    index = ["patient", "section", "gene", "metric"]
+    wide = mine.set_index(index)["value"].unstack("metric").rename_axis(columns=None)
+    for name in wide.columns.intersection(list(CORRELATIONS)):
+        ccc = wide["ccc_pooled" if name.endswith("_pooled") else "ccc"]
+        wide[name] = wide[name].mask(wide[name].isna() & ccc.notna(), 0.0)
+    return wide
+
+
+def section_table(
+    scores: pd.DataFrame, predictor: str, metric: str, genes: Sequence[str] | pd.Index
+) -> pd.DataFrame:
+    """One metric of one predictor: a row per gene, a column per (patient, section)."""
+    column = values(scores, predictor, genes)[metric]
+    column = column[column.index.get_level_values("section") != ""]
+    return column.unstack(["patient", "section"]).reindex(list(genes))
+
+
+def gene_table(scores: pd.DataFrame, genes: pd.DataFrame) -> pd.DataFrame:
+    """One row per gene: the median over sections of every metric, best PCC first.
+
+    The model's metrics by their names, the controls' `pcc_NAME` and `partial_pcc_NAME`, and the
+    ceilings. What is constant is NaN here.
 
     Args:
-        pred_NG: the model's predictions.
-        true_NG: what was measured.
-        controls: predictions of the controls, by name (depth_only, colour_ridge).
-        log_total_N: log of each spot's total count.
+        scores: the tidy table.
+        genes: index gene; symbol, and the columns that say which panel a gene is in.
     """
-    scores = {
-        "pcc": metrics.pearson(pred_NG, true_NG),
-        "partial_pcc": metrics.partial_pearson(pred_NG, true_NG, log_total_N),
-        "mae": metrics.mean_absolute_error(pred_NG, true_NG),
-        "rmse": metrics.root_mean_square_error(pred_NG, true_NG),
-    }
-    scores |= {f"pcc_{name}": metrics.pearson(c, true_NG) for name, c in controls.items()}
-    if "colour_ridge" in controls:
-        ridge = controls["colour_ridge"]
-        scores["partial_pcc_colour_ridge"] = metrics.partial_pearson(ridge, true_NG, log_total_N)
-    return scores
+    shown = [c for c in ("symbol", "panel", "variable", "listed") if c in genes]
+    parts = [genes[shown]]
+    for predictor, mine in scores.groupby("predictor", sort=False, observed=True):
+        wide = mine.groupby(["gene", "metric"], observed=True)["value"].median().unstack()
+        if predictor not in (MODEL, TRUTH):
+            wide = wide.reindex(columns=["pcc", "partial_pcc"]).add_suffix(f"_{predictor}")
+        parts.append(wide.reindex(genes.index))
+    table = pd.concat(parts, axis=1).rename_axis("gene").rename_axis(columns=None)
+    return table.sort_values("pcc", ascending=False, kind="stable")
 
 
-def tidy(
-    scores: Mapping[str, np.ndarray], genes: pd.Index, patient: str, section: str, n: int
-) -> pd.DataFrame:
-    """One row per gene and metric: gene, patient, section, metric, value, n (spots)."""
-    wide = pd.DataFrame(dict(scores), index=genes.rename("gene"))
-    long = wide.reset_index().melt("gene", var_name="metric", value_name="value")
-    return long.assign(patient=patient, section=section, n=n)[
-        ["gene", "patient", "section", "metric", "value", "n"]
-    ]
+def predictor_summary(
+    scores: pd.DataFrame, predictor: str, genes: Sequence[str] | pd.Index
+) -> dict[str, Any]:
+    """The figures of one predictor over these genes, the same keys for each.
 
-
-def gene_table(scores: pd.DataFrame, symbols: pd.Series) -> pd.DataFrame:
-    """One row per gene: the median over sections of every metric, best PCC first."""
-    wide = scores.groupby(["gene", "metric"])["value"].median().unstack()
-    wide = wide.reindex(symbols.index).rename_axis(columns=None)
-    wide.insert(0, "symbol", symbols)
-    return wide.sort_values("pcc", ascending=False, kind="stable")
-
-
-def median_over_genes(genes: pd.DataFrame, name: str) -> float:
-    """Median of a metric over the genes; a gene that is predicted constant counts as 0.
-
-    Left out, as in `metrics.fold_score`, it would be rewarded. That its truth varies is known from
-    the depth control, which is defined then.
+    `median_` is the median over genes of the median over sections, unless the name says more:
+    `_section_mean` of the mean over sections; `_patient_median` of the median over patients of the
+    mean of a patient's sections; `_pooled` of all sections' spots as one. `aMAE` and `aRMSE` are
+    means over genes of the median over sections (paper, Table 2).
     """
-    silent = genes[name].isna() & genes["pcc_depth_only"].notna()
-    return metrics.nanmedian(genes[name].mask(silent, 0.0))
+    wide = values(scores, predictor, genes)
+    own = scores[(scores["predictor"] == predictor) & scores["gene"].isin(list(genes))]
+    by_gene = wide.groupby("gene").median()
+    sections = wide.loc[wide.index.get_level_values("section") != ""]
+    mean = sections.groupby("gene").mean()
+    patients = sections.groupby(["gene", "patient"], observed=True).mean().groupby("gene").median()
 
+    def median(name: str, table: pd.DataFrame = by_gene) -> float:
+        return metrics.nanmedian(table[name]) if name in table else float("nan")
 
-def summarise(genes: pd.DataFrame) -> dict[str, Any]:
-    """The figures of the paper's Tables 1 and 2 and Figs 2 and 3, and the controls beside them."""
-    summary: dict[str, Any] = {
+    def average(name: str) -> float:
+        return float(by_gene[name].mean()) if name in by_gene else float("nan")
+
+    return {
         "genes": len(genes),
-        "genes_without_pcc": int(genes["pcc"].isna().sum()),
-        "median_pcc": median_over_genes(genes, "pcc"),
-        **metrics.counts_above(genes["pcc"]),
-        "aMAE": float(genes["mae"].mean()),
-        "aRMSE": float(genes["rmse"].mean()),
+        "genes_without_pcc": _undefined(own, "pcc", len(genes)),
+        "genes_without_partial_pcc": _undefined(own, "partial_pcc", len(genes)),
+        "median_pcc": median("pcc"),
+        **metrics.counts_above(by_gene.get("pcc", [])),
+        "median_partial_pcc": median("partial_pcc"),
+        "median_pcc_section_mean": median("pcc", mean),
+        "median_pcc_patient_median": median("pcc", patients),
+        **{
+            f"median_{name}": median(name)
+            for name in (
+                "pcc_pooled",
+                "partial_pcc_pooled",
+                "pcc_smoothed",
+                "pcc_smoothed_prediction",
+                "spearman",
+                "ccc",
+                "r2",
+            )
+        },
+        "aMAE": average("mae"),
+        "aRMSE": average("rmse"),
+        "aMAE_log": average("mae_log"),
+        "aRMSE_log": average("rmse_log"),
+        **{f"median_{name}": _spot_median(scores, predictor, name) for name in SPOT_NAMES},
+        **_shares(scores, predictor, wide),
     }
-    for name in ("partial_pcc", "pcc_depth_only", "pcc_colour_ridge", "partial_pcc_colour_ridge"):
-        if name in genes:
-            summary[f"median_{name}"] = median_over_genes(genes, name)
-    for control in ("depth_only", "colour_ridge"):
-        if f"pcc_{control}" in genes:
-            above = metrics.counts_above(genes[f"pcc_{control}"])
-            summary |= {f"{control}_{key}": n for key, n in above.items()}
+
+
+SPOT_NAMES = ("spot_pcc", "spot_pcc_log")
+
+
+def _undefined(own: pd.DataFrame, metric: str, genes: int) -> int:
+    """Genes that have no value of this metric on any section."""
+    known = own[(own["metric"] == metric) & own["value"].notna()]
+    return genes - known["gene"].nunique()
+
+
+def _spot_median(scores: pd.DataFrame, predictor: str, metric: str) -> float:
+    mine = scores[(scores["predictor"] == predictor) & (scores["metric"] == metric)]
+    return metrics.nanmedian(mine["value"])
+
+
+def _shares(scores: pd.DataFrame, predictor: str, wide: pd.DataFrame) -> dict[str, float]:
+    """Median PCC over median ceiling, of the genes and sections that can be judged."""
+    if "share_of_ceiling" not in wide:
+        return {}
+    truth = values(scores, TRUTH, wide.index.unique("gene"))
+    found = {}
+    for share, pcc, ceiling in (
+        ("share_of_ceiling", "pcc", "ceiling"),
+        ("share_of_ceiling_partial", "partial_pcc", "ceiling_partial"),
+    ):
+        judged = wide.index[wide[share].notna()]
+        top = metrics.nanmedian(truth[ceiling].reindex(judged)) if len(judged) else float("nan")
+        found[share] = metrics.nanmedian(wide[pcc].reindex(judged)) / top
+    return found
+
+
+def summarise(scores: pd.DataFrame, genes: pd.DataFrame) -> dict[str, Any]:
+    """The figures of the paper's Tables 1 and 2 and Figs 2 and 3, and the controls beside them.
+
+    Args:
+        scores: the tidy table.
+        genes: index gene; panel, and maybe variable and listed, say who is in which panel.
+    """
+    panel = genes.index[genes["panel"].to_numpy(bool)]
+    names = [p for p in dict.fromkeys(scores["predictor"]) if p != TRUTH]
+    every = {name: predictor_summary(scores, name, panel) for name in names}
+    summary = {**every[MODEL]}
+    for name in names[1:]:
+        summary[f"median_pcc_{name}"] = every[name]["median_pcc"]
+        summary[f"median_partial_pcc_{name}"] = every[name]["median_partial_pcc"]
+        above = metrics.counts_above([])
+        summary |= {f"{name}_{key}": every[name][key] for key in above}
+    summary["predictors"] = every
+    summary["panels"] = {
+        name: _panel(scores, genes.index[genes[name].to_numpy(bool)], names, what)
+        for name, what in PANELS.items()
+        if name in genes and genes[name].any()
+    }
+    pcc = section_table(scores, MODEL, "pcc", panel)
+    summary["median_pcc_by_section"] = {
+        str(section): metrics.nanmedian(column)
+        for section, column in zip(
+            pcc.columns.get_level_values("section"), pcc.to_numpy().T, strict=True
+        )
+    }
     return summary
+
+
+def _panel(
+    scores: pd.DataFrame, genes: pd.Index, predictors: Sequence[str], what: str
+) -> dict[str, Any]:
+    found = {name: predictor_summary(scores, name, genes) for name in predictors}
+    keys = ("median_pcc", "median_partial_pcc", "median_r2", "aRMSE")
+    medians = {key: {name: each[key] for name, each in found.items()} for key in keys}
+    return {"genes": len(genes), "what": what, **medians}
 
 
 def read_groups(path: Path) -> pd.DataFrame:
@@ -119,6 +224,7 @@ def summarise_groups(genes: pd.DataFrame, groups: pd.DataFrame) -> dict[str, Any
         genes: from `gene_table`.
         groups: columns gene, group and, if known, ceiling (the best PCC that noise allows).
     """
+    genes = genes.drop(columns="ceiling", errors="ignore")  # the estimate: here is the truth
     joined = genes.join(groups.set_index("gene"), how="inner", rsuffix="_group")
     found = {}
     for name, part in joined.groupby("group"):
@@ -132,22 +238,12 @@ def summarise_groups(genes: pd.DataFrame, groups: pd.DataFrame) -> dict[str, Any
 
 def describe_summary(summary: Mapping[str, Any]) -> str:
     """The scores of an evaluation in a few lines, the controls beside them."""
-    lines = [summary["protocol"]]
-    row = "  {:<18} {:>10} {:>12} {:>6} {:>6} {:>6} {:>6}"
-    names = ("", "median PCC", "given total", "> 0", "> 0.1", "> 0.3", "> 0.5")
-    lines.append(row.format(*names))
-    kinds = (
-        ("model", "", ""),
-        ("colour ridge", "_colour_ridge", ""),
-        ("total count only", "_depth_only", "-"),
-    )
-    for name, end, partial in kinds:
-        key = f"median_pcc{end}"
-        if key in summary:
-            given = partial or f"{summary[f'median_partial_pcc{end}']:.3f}"
-            start = f"{end.removeprefix('_')}_" if end else ""
-            above = [summary[f"{start}genes_above_{t}"] for t in ("0", "0.1", "0.3", "0.5")]
-            lines.append(row.format(name, f"{summary[key]:.3f}", given, *above))
+    row = "  {:<22} {:>10} {:>12} {:>7} {:>6} {:>6} {:>6} {:>6}"
+    names = ("", "median PCC", "given total", "R2", "> 0", "> 0.1", "> 0.3", "> 0.5")
+    lines = [summary["protocol"], row.format(*names)]
+    every = summary["predictors"]
+    for name in sorted(every, key=_place):
+        lines.append(row.format(NAMES.get(name, name), *_cells(every[name])))  # noqa: PERF401
     lines.append(
         f"  {summary['genes']} genes; aMAE {summary['aMAE']:.3f}, aRMSE {summary['aRMSE']:.3f} "
         "(training standard deviations)"
@@ -156,10 +252,8 @@ def describe_summary(summary: Mapping[str, Any]) -> str:
         lines.append(
             f"  {summary['genes_without_pcc']} genes have no PCC of their own; they count as 0"
         )
-    if "median_pcc_colour_ridge" not in summary:
-        lines.append(
-            "  colour ridge: not available, as the training sections are not in this store"
-        )
+    lines += [f"  {NAMES.get(k, k)}: {why}" for k, why in summary.get("not_available", {}).items()]
+    lines += [f"  {line}" for line in summary.get("lines", ())]
     for group, found in summary.get("groups", {}).items():
         share = (
             f", {100 * found['share_of_ceiling']:.0f} % of the ceiling {found['ceiling']:.3f}"
@@ -170,3 +264,18 @@ def describe_summary(summary: Mapping[str, Any]) -> str:
             f"  {group}: {found['genes']} genes, median PCC {found['median_pcc']:.3f}{share}"
         )
     return "\n".join(lines)
+
+
+def _place(predictor: str) -> int:
+    order = list(NAMES)
+    return order.index(predictor) if predictor in order else len(order)
+
+
+def _cells(found: Mapping[str, Any]) -> list[str]:
+    """One predictor's cells; a dash where no gene has the score."""
+    genes, silent = found["genes"], found["genes_without_pcc"]
+    pcc = "-" if silent == genes else f"{found['median_pcc']:.3f}"
+    alone = found["genes_without_partial_pcc"] == genes
+    partial = "-" if alone else f"{found['median_partial_pcc']:.3f}"
+    above = [str(found[f"genes_above_{t}"]) for t in ("0", "0.1", "0.3", "0.5")]
+    return [pcc, partial, f"{found['median_r2']:.3f}", *(["-"] * 4 if silent == genes else above)]

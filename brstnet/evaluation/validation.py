@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from brstnet.config import plain
 from brstnet.data.store import Store
 from brstnet.evaluation import plots
-from brstnet.evaluation.evaluate import measured, scored_genes, standardise
 from brstnet.evaluation.export import to_anndata
 from brstnet.evaluation.predict import load_ensemble, predict_mean
+from brstnet.evaluation.yardstick import measured, scored_genes, standardise
 
 
 def gene_table(checkpoint: Path) -> pd.DataFrame:
