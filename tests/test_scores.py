@@ -1,5 +1,6 @@
 """The tidy table by hand: neighbours on the array, smoothing, pooling, and panels of genes."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -173,14 +174,20 @@ def test_a_gene_list_is_read_and_faults_are_told(tmp_path: Path) -> None:
             read_gene_list(path)
 
 
+def own_store(store: Store, tmp_path: Path) -> Store:
+    """A copy: an encoder's features are kept beside the patches."""
+    return Store(shutil.copytree(store.path, tmp_path / "store"))
+
+
 def test_an_encoders_features_are_the_mean_over_the_patchs_symmetries(
     demo_store: Store, tmp_path: Path
 ) -> None:
+    own = own_store(demo_store, tmp_path)
     backbone = timm.create_model("test_resnet", num_classes=0).eval()
     torch.save(backbone.state_dict(), tmp_path / "w.pth")
     encoder = controls.Encoder(name="test_resnet", weights=str(tmp_path / "w.pth"))
-    features = controls.encoder_features(encoder, demo_store, ["BC90006_C1"])
-    patches = torch.from_numpy(np.array(demo_store.patches("BC90006_C1"))) / 255
+    features = controls.encoder_features(encoder, own, ["BC90006_C1"])
+    patches = torch.from_numpy(np.array(own.patches("BC90006_C1"))) / 255
     config = backbone.pretrained_cfg
     x_BCHW = (patches - torch.tensor(config["mean"])) / torch.tensor(config["std"])
     x_BCHW = x_BCHW.permute(0, 3, 1, 2)
@@ -191,10 +198,11 @@ def test_an_encoders_features_are_the_mean_over_the_patchs_symmetries(
 
 
 def test_an_encoder_that_cannot_be_had_is_told(demo_store: Store, tmp_path: Path) -> None:
+    own = own_store(demo_store, tmp_path)
     protocol = Protocol(panel_size=20)
-    stick = Yardstick.fitted_on(demo_store, ["BC90001", "BC90002"], ["BC90006"], protocol)
-    genes, sections = judged_genes(stick, demo_store), ["BC90006_C1"]
-    true_NG = standardise(measured(stick, demo_store, sections, genes), genes)
+    stick = Yardstick.fitted_on(own, ["BC90001", "BC90002"], ["BC90006"], protocol)
+    genes, sections = judged_genes(stick, own), ["BC90006_C1"]
+    true_NG = standardise(measured(stick, own, sections, genes), genes)
     weights = tmp_path / "w.pth"
     torch.save(timm.create_model("test_resnet", num_classes=0).state_dict(), weights)
     for encoder in (
@@ -202,7 +210,7 @@ def test_an_encoder_that_cannot_be_had_is_told(demo_store: Store, tmp_path: Path
         controls.Encoder(name="test_resnet", weights=str(weights)),
     ):
         asked = controls.Wanted(encoder=encoder, progress=False)
-        found = controls.predict_controls(stick, demo_store, sections, genes, true_NG, asked)
+        found = controls.predict_controls(stick, own, sections, genes, true_NG, asked)
         there = encoder.weights != "timm"
         assert ("encoder_ridge" in found.predictions) == there
         assert ("encoder_ridge" in found.not_available) != there
