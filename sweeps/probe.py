@@ -21,7 +21,7 @@ from brstnet.launch import pick_device
 from brstnet.training.epoch import EVAL_BATCH, train_epoch, validate
 from brstnet.training.task import Run, prepare_task
 from brstnet.training.train import start
-from sweeps.nodes import check_gpu
+from sweeps.nodes import NODE_ID, BrokenNodeError, check_gpu, room_elsewhere
 from sweeps.space import Sweep, choices, drawing_order, first_points, is_drawn
 
 COSTLY = ("backbone", "store", "input_px", "frozen", "batch_size")
@@ -90,22 +90,34 @@ def typical(sweep: Sweep) -> dict[str, Any]:
 def probe(
     sweep: Sweep, stores: dict[str, str], gpus_per_worker: float, points: Sequence[dict[str, Any]]
 ) -> list[Speed]:
-    """Measure kinds of trials on the cluster's workers, as many at once as fit."""
+    """Measure kinds of trials on the cluster's workers, as many at once as fit.
+
+    A kind that cannot be trained on one machine is tried on another, if there is one: that one may
+    be broken.
+    """
+    bundle = {"CPU": float(sweep.cpus_per_worker), "GPU": gpus_per_worker}
     task = ray.remote(num_cpus=sweep.cpus_per_worker, num_gpus=gpus_per_worker, max_retries=1)(
-        _probe
+        _probe_here
     )
-    where = [stores[point.get("store", "")] for point in points]
-    waiting = [
-        task.remote(sweep, store, point, gpus_per_worker)
-        for store, point in zip(where, points, strict=True)
-    ]
-    return list(ray.get(waiting))
+    asked = [(sweep, stores[p.get("store", "")], p, gpus_per_worker) for p in points]
+    found = ray.get([task.remote(*words) for words in asked])
+    again = {
+        i: task.options(label_selector={NODE_ID: f"!in({node})"}).remote(*asked[i])
+        for i, (speed, node) in enumerate(found)
+        if speed.error and room_elsewhere({k: v for k, v in bundle.items() if v}, {node})
+    }
+    return [ray.get(again[i])[0] if i in again else speed for i, (speed, _) in enumerate(found)]
+
+
+def _probe_here(*words: Any) -> tuple[Speed, str]:
+    """What `_probe` measures, and the id of the node."""
+    return _probe(*words), ray.get_runtime_context().get_node_id()
 
 
 def _probe(sweep: Sweep, store: str, point: dict[str, Any], gpus: float = 0.0) -> Speed:
-    check_gpu(gpus)
     torch.set_num_threads(sweep.cpus_per_worker)
     try:
+        check_gpu(gpus)
         settings = sweep.settings({**typical(sweep), **point})
         share = max(2, settings.training.batch_size // sweep.workers_per_trial)
         training = replace(settings.training, batch_size=share)
@@ -116,7 +128,7 @@ def _probe(sweep: Sweep, store: str, point: dict[str, Any], gpus: float = 0.0) -
             steps=math.ceil(speed.steps * share / settings.training.batch_size),
             validation_seconds=speed.validation_seconds / sweep.workers_per_trial,
         )
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, BrokenNodeError, torch.OutOfMemoryError) as error:
         return Speed(point=point, error=str(error))
 
 
