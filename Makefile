@@ -26,7 +26,7 @@ sweep: $(VENV)/.installed
 
 ## test: environment, lint, types, all tests; those of three hosts, which mostly wait, beside the others
 test: $(VENV)/.installed-dev $(VENV)/.hosts check
-	$(MAKE) --jobs=2 --output-sync=target test-hosts test-others
+	$(MAKE) --jobs=2 test-hosts test-others
 
 test-hosts:
 	$(BIN)/python -m pytest -m "cluster_hosts and not drill" --durations=10
