@@ -19,7 +19,7 @@ from sweeps.board import Board
 from sweeps.champion import crown, promoted, read_outcomes
 from sweeps.choice import Candidate, Choice, by_hand, choose
 from sweeps.cluster import capacity, gpus_per_worker, start_ray
-from sweeps.nodes import check_gpu
+from sweeps.nodes import Nodes, check_gpu
 from sweeps.refit import refit, refit_folder, refit_settings
 
 INSIGHT = "insight"
@@ -90,7 +90,7 @@ def _draw_maps(device: torch.device, where: str, folds: Sequence[Path]) -> None:
 
 
 def on_worker(board: Board, address: str | None, function: Callable[..., None], *args: Any) -> None:
-    """Let a worker of the cluster do something: the head may have neither GPU nor patches."""
+    """Let a worker do something, on no broken machine: the head may lack a GPU and the patches."""
     if not ray.is_initialized():
         start_ray(board.sweep, address)
     cpus, gpus = board.sweep.cpus_per_worker, gpus_per_worker(board.sweep, capacity(address))
@@ -99,7 +99,10 @@ def on_worker(board: Board, address: str | None, function: Callable[..., None], 
         check_gpu(gpus)
         function(pick_device(), *args)
 
-    ray.get(ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(task).remote())
+    bundle = {name: amount for name, amount in {"CPU": cpus, "GPU": gpus}.items() if amount}
+    selector = Nodes(board.out).selector("", bundle)
+    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3, label_selector=selector)(task)
+    ray.get(remote.remote())
 
 
 def explain(client: MlflowClient, board: Board, choice: Choice) -> None:
