@@ -86,6 +86,7 @@ def test_a_real_sweep_is_taken_apart() -> None:
     assert 0 < seconds["training steps"] < seconds["wall, first begin to last end"]
 
 
+@pytest.mark.drill
 def test_what_writers_wait_for_and_what_an_outage_loses() -> None:
     head, *rows = run("writers", "--target", "sqlite", "outage", "--writers", "2", "--quick", "0.3")
     assert head[0] == "way"

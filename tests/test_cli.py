@@ -433,7 +433,7 @@ def saved_epoch(folder: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stops", [1, 3])
+@pytest.mark.parametrize("stops", [1, pytest.param(3, marks=pytest.mark.drill)])
 def test_ctrl_c_in_a_terminal_and_the_same_command_again_give_the_same_bits(
     demo_store: Store, settings: Settings, tmp_path: Path, stops: int
 ) -> None:

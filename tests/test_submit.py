@@ -122,6 +122,7 @@ def run(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess
     )
 
 
+@pytest.mark.drill
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_sweep_is_sent_followed_and_stopped(

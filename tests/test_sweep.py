@@ -203,6 +203,7 @@ def test_a_stopped_sweep_resumes_where_it_was(demo_store: Store, tmp_path: Path)
     assert Counter(t.state.name for t in study.trials) == {"COMPLETE": 2, "FAIL": 1}
 
 
+@pytest.mark.drill
 def test_two_workers_train_a_trial(demo_store: Store, tmp_path: Path) -> None:
     config = write_yaml(tmp_path, "pair", trials=2, workers=2)
     out = tmp_path / "runs"

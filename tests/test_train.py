@@ -656,8 +656,8 @@ def larger_than_memory(store: Store, folder: Path, sections: Sequence[str]) -> S
     copy = Store(shutil.copytree(store.path, folder))
     index = json.loads((folder / "index.json").read_text())
     index["prepare"]["input_px"] = SIDE
-    (folder / "index.json").write_text(json.dumps(index))
-    for name in copy.sections:
+    for entry in index["sections"]:
+        name = entry["section"]
         more = WHITE if name in sections else 0
         few = np.array(copy.patches(name)).repeat(8, axis=1).repeat(8, axis=2)
         file = folder / name / "patches.npy"
@@ -671,6 +671,8 @@ def larger_than_memory(store: Store, folder: Path, sections: Sequence[str]) -> S
         empty = sparse.csr_matrix((more, spots.n_vars), dtype=spots.X.dtype)
         counts = sparse.vstack([spots.X, empty], format="csr")
         anndata.AnnData(counts, obs=obs, var=spots.var).write_h5ad(folder / name / "spots.h5ad")
+        entry["spots_kept"] = len(obs)
+    (folder / "index.json").write_text(json.dumps(index))
     return Store(folder)
 
 
