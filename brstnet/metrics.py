@@ -179,6 +179,22 @@ def partial_pearson(pred: Any, true: Any, given: Any) -> np.ndarray:
     return np.where(left > 1e-12, np.clip(partial, -1, 1), np.nan)
 
 
+def residual(y_NG: np.ndarray, given_N: np.ndarray) -> np.ndarray:
+    """What is left of each column (N, G) once `given_N` is regressed out; 0 where nothing is.
+
+    Correlated, two residuals give the partial correlation. Deviations are taken from the first row
+    first, so that a constant leaves exactly 0.
+    """
+    y_NG, given_N = y_NG - y_NG[:1], given_N - given_N[0]
+    y_NG, given_N = y_NG - y_NG.mean(axis=0), given_N - given_N.mean()
+    spread = float(given_N @ given_N)
+    if spread == 0:
+        return y_NG
+    left = y_NG - np.outer(given_N, given_N @ y_NG / spread)
+    nothing = (left**2).sum(axis=0) <= 1e-12 * (y_NG**2).sum(axis=0)
+    return np.where(nothing, 0.0, left)
+
+
 def mean_absolute_error(pred: Any, true: Any) -> np.ndarray:
     """Mean absolute error per gene, (G,)."""
     pred, true = _pair(pred, true)

@@ -3,13 +3,13 @@
 import errno
 import json
 import multiprocessing
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import disk
 
 from sweeps import nodes as module
 from sweeps.nodes import (
@@ -209,14 +209,8 @@ def test_a_broken_machine_is_known_by_ray_s_text() -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """8 MB of memory as a disk."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
-    if subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("mounting is not allowed here")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    with disk(tmp_path / "disk", megabytes=8) as made:
+        yield made
 
 
 def test_a_disk_that_is_full_is_told_until_there_is_room(small_disk: Path) -> None:

@@ -160,7 +160,7 @@ def test_the_null_of_the_partial_score_is_drawn_without_depth() -> None:
     partial = table[table["score"] == "partial_pcc"]
     assert (partial.loc[partial["statistic"] == "median_pcc", "observed"] == 0).all()
     assert all("shifts of this section" in line for line in why)
-    left = belief.without(case.true_NG, depth)
+    left = metrics.residual(case.true_NG, depth)
     np.testing.assert_allclose(metrics.pearson(left, np.tile(depth[:, None], 3)), 0, atol=1e-12)
 
 

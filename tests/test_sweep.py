@@ -1,10 +1,7 @@
 """Whole sweeps on demo tissue, as a user runs them: the command, Ray, MLflow, the registry."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -12,6 +9,7 @@ from pathlib import Path
 import optuna
 import pandas as pd
 import pytest
+from commands import finish, start
 from mlflow import MlflowClient
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -45,29 +43,6 @@ def write_yaml(folder: Path, name: str, **changes: object) -> Path:
     path = folder / f"{name}.yaml"
     path.write_text(YAML.format(name=name, **values))
     return path
-
-
-def start(*words: object) -> subprocess.Popen:
-    """A command in its own process group, as a shell would start it; Ray picks its own ports."""
-    return subprocess.Popen(
-        [sys.executable, *map(str, words)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
-    )
-
-
-def finish(process: subprocess.Popen, expected: int) -> str:
-    try:
-        said = process.communicate(timeout=400)[0]
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    assert process.returncode == expected, said[-5000:]
-    return said
 
 
 def runs_of(client: MlflowClient, kind: str, parent: str | None = None) -> list:

@@ -5,14 +5,15 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import commands
 import pytest
 import ray
 import torch
+from commands import ROOT, disk, finish
 from ray.autoscaler._private.constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
 from ray.cluster_utils import Cluster
 from ray.experimental.internal_kv import _internal_kv_get
@@ -21,7 +22,6 @@ from ray.util import placement_group_table
 from brstnet.data.store import Store
 from sweeps.nodes import Nodes
 
-ROOT = Path(__file__).parents[1]
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 
 LIMIT = """
@@ -66,25 +66,7 @@ def start(address: str, store: Store, folder: Path, **values: object) -> subproc
     (folder / "s.yaml").write_text(YAML.format(**asked))
     words = [folder / "s.yaml", "--store", store.path, "--out", folder / "runs"]
     words += ["--address", address] if address else []
-    return subprocess.Popen(
-        [sys.executable, "sweeps/run.py", *map(str, words)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
-    )
-
-
-def finish(process: subprocess.Popen, expected: int) -> str:
-    try:
-        said = process.communicate(timeout=800)[0]
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    assert process.returncode == expected, said[-5000:]
-    return said
+    return commands.start("sweeps/run.py", *words)
 
 
 def wait_until(what: Callable[[], object], seconds: float = 600) -> None:
@@ -121,7 +103,7 @@ def test_a_machine_on_which_trials_fail_at_once_is_avoided(
     cluster: tuple[Cluster, str], demo_store: Store, tmp_path: Path, workers: int, cpus: int
 ) -> None:
     process = start(cluster[0].address, demo_store, tmp_path, workers=workers, cpus=cpus)
-    said = finish(process, 0)
+    said = finish(process, 0, 800)
     out = tmp_path / "runs" / "s"
     states = [json.loads(f.read_text())["state"] for f in out.glob("trials/*/outcome.json")]
     assert states == ["COMPLETE"] * 3
@@ -145,7 +127,7 @@ def test_a_stopped_driver_leaves_no_claim_on_the_cluster(
             wait_until(lambda: driver.poll() or list(tmp_path.glob(saved)))
             assert placement_groups()
             driver.send_signal(number)
-            finish(driver, 130)
+            finish(driver, 130, 800)
         wait_until(lambda: not placement_groups() and not requests(), 30)
         # Ray's coordinator repeats every 20 s what it was asked for: nothing may come back.
         time.sleep(25)
@@ -164,7 +146,7 @@ def test_a_machine_whose_gpus_do_not_answer_stops_the_sweep_with_the_reason(
         pytest.skip("the GPU of this machine works")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 1})
     try:
-        said = finish(start(cluster.address, demo_store, tmp_path, cpus=1, gpus=1), 2)
+        said = finish(start(cluster.address, demo_store, tmp_path, cpus=1, gpus=1), 2, 800)
     finally:
         cluster.shutdown()
     assert "the GPU does not work" in said.splitlines()[-1]
@@ -173,14 +155,8 @@ def test_a_machine_whose_gpus_do_not_answer_stops_the_sweep_with_the_reason(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """60 MB of memory as a disk."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", str(disk)]
-    if subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("mounting is not allowed here")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+    with disk(tmp_path / "disk", megabytes=60) as made:
+        yield made
 
 
 @pytest.mark.drill
@@ -196,10 +172,10 @@ def test_a_sweep_whose_storage_is_full_stops_and_goes_on_when_there_is_room(
         with contextlib.suppress(OSError), filler.open("wb") as file:
             while True:
                 file.write(bytes(2**16))
-        said = finish(process, 2)
+        said = finish(process, 2, 800)
     assert "no room is left" in said.splitlines()[-1], said[-3000:]
     assert "FAILED" not in said
     filler.unlink()
-    finish(start("", demo_store, small_disk, **asked), 0)
+    finish(start("", demo_store, small_disk, **asked), 0, 800)
     states = [json.loads(f.read_text())["state"] for f in out.glob("trials/*/outcome.json")]
     assert states == ["COMPLETE"] * 2

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from brstnet import metrics
 from brstnet.data.store import Store
 from brstnet.evaluation import uncertainty
 from brstnet.evaluation.ceiling import SectionCeiling, noise_ceiling
@@ -94,27 +95,13 @@ def _null_sections(judged: Judged, *, given_depth: bool) -> list[uncertainty.Sec
     for _, patient, rows in judged.sections():
         sides = (judged.predictions[MODEL][rows][:, panel], judged.true_NG[rows][:, panel])
         if given_depth:
-            sides = tuple(without(side, judged.log_total_N[rows]) for side in sides)  # type: ignore[assignment]
+            sides = tuple(metrics.residual(side, judged.log_total_N[rows]) for side in sides)  # type: ignore[assignment]
         found.append(
             uncertainty.Section(
                 patient=patient, pred_NG=sides[0], true_NG=sides[1], array_N2=array_N2[rows]
             )
         )
     return found
-
-
-def without(y_NG: np.ndarray, given_N: np.ndarray) -> np.ndarray:
-    """What is left of each column (N, G) once `given_N` is regressed out; 0 where nothing is."""
-    y_NG = y_NG - y_NG[:1]
-    y_NG = y_NG - y_NG.mean(axis=0)
-    given_N = given_N - given_N[0]
-    given_N = given_N - given_N.mean()
-    spread = float(given_N @ given_N)
-    if spread == 0:
-        return y_NG
-    left = y_NG - np.outer(given_N, given_N @ y_NG / spread)
-    nothing = (left**2).sum(axis=0) <= 1e-12 * (y_NG**2).sum(axis=0)
-    return np.where(nothing, 0.0, left)
 
 
 def cautious(nulls: pd.DataFrame) -> dict[str, Any]:

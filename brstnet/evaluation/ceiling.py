@@ -328,7 +328,7 @@ def _halves_agree(
     for columns in _blocks(a.shape[1]):
         dense = [_dense(to_units(half[:, columns].tocsr(), total)) for half, total in sides]
         plain.append(metrics.pearson(*dense))
-        left = [_without(d, np.log1p(t)) for d, (_, t) in zip(dense, sides, strict=True)]
+        left = [metrics.residual(d, np.log1p(t)) for d, (_, t) in zip(dense, sides, strict=True)]
         r_G = metrics.pearson(*left)
         partial.append(np.where(np.isnan(plain[-1]), np.nan, r_G))
     return np.concatenate(plain), np.concatenate(partial)
@@ -340,15 +340,3 @@ def _blocks(genes: int) -> Iterator[slice]:
 
 def _dense(units_NG: Any) -> np.ndarray:
     return np.asarray(units_NG.toarray() if sparse.issparse(units_NG) else units_NG, np.float64)
-
-
-def _without(y_NG: np.ndarray, given_N: np.ndarray) -> np.ndarray:
-    """What is left of each column once `given_N` is regressed out; 0 where that is everything."""
-    y_NG = y_NG - y_NG.mean(axis=0)
-    given_N = given_N - given_N.mean()
-    spread = float(given_N @ given_N)
-    if spread == 0:
-        return y_NG
-    left = y_NG - np.outer(given_N, given_N @ y_NG / spread)
-    nothing = (left**2).sum(axis=0) <= 1e-12 * (y_NG**2).sum(axis=0)
-    return np.where(nothing, 0.0, left)
