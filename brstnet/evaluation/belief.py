@@ -14,6 +14,7 @@ from brstnet import metrics
 from brstnet.data.store import Store
 from brstnet.evaluation import uncertainty
 from brstnet.evaluation.ceiling import SectionCeiling, noise_ceiling
+from brstnet.evaluation.null import Section, permutation_null
 from brstnet.evaluation.scores import MODEL, TRUTH, Judged
 from brstnet.evaluation.tables import section_table
 from brstnet.evaluation.yardstick import Scale, raw_counts
@@ -78,7 +79,7 @@ def nulls(judged: Judged, *, draws: int = 200, seed: int = 0) -> tuple[pd.DataFr
         sections = _null_sections(judged, given_depth=score == "partial_pcc")
         for kind in ("spots", "torus"):
             try:
-                null = uncertainty.permutation_null(sections, kind, draws=draws, seed=seed)
+                null = permutation_null(sections, kind, draws=draws, seed=seed)
             except ValueError as error:
                 why.append(f"{kind}: {error}")
                 continue
@@ -88,7 +89,7 @@ def nulls(judged: Judged, *, draws: int = 200, seed: int = 0) -> tuple[pd.DataFr
     return table[[*first, *(c for c in table if c not in first)]], list(dict.fromkeys(why))
 
 
-def _null_sections(judged: Judged, *, given_depth: bool) -> list[uncertainty.Section]:
+def _null_sections(judged: Judged, *, given_depth: bool) -> list[Section]:
     panel = judged.genes["panel"].to_numpy(bool)
     array_N2 = judged.spots[["array_x", "array_y"]].to_numpy(float)
     found = []
@@ -97,9 +98,7 @@ def _null_sections(judged: Judged, *, given_depth: bool) -> list[uncertainty.Sec
         if given_depth:
             sides = tuple(metrics.residual(side, judged.log_total_N[rows]) for side in sides)  # type: ignore[assignment]
         found.append(
-            uncertainty.Section(
-                patient=patient, pred_NG=sides[0], true_NG=sides[1], array_N2=array_N2[rows]
-            )
+            Section(patient=patient, pred_NG=sides[0], true_NG=sides[1], array_N2=array_N2[rows])
         )
     return found
 
