@@ -199,7 +199,12 @@ class Stopper:
 def _evaluate_options(parser: Parser) -> None:
     parser.add_argument("checkpoints", type=Path, nargs="+", help="several: their mean")
     parser.add_argument("store", help=STORE)
-    parser.add_argument("--patients", nargs="+", required=True, help="held-out patients")
+    parser.add_argument("--patients", nargs="+", default=[], help="held-out patients")
+    parser.add_argument(
+        "--cross_validated",
+        action="store_true",
+        help="instead: each fold's model on the sections that it was validated on",
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="auto")
     parser.add_class_arguments(Judging)
@@ -207,16 +212,23 @@ def _evaluate_options(parser: Parser) -> None:
 
 def _evaluate(args: Namespace) -> None:
     from brstnet.data.mirror import open_store
-    from brstnet.evaluation.evaluate import evaluate
+    from brstnet.evaluation.evaluate import cross_validate, evaluate
     from brstnet.evaluation.tables import describe_summary
 
-    result = evaluate(
-        args.checkpoints,
-        open_store(args.store, patches=False),  # those of the patients are copied
-        args.patients,
-        args.out,
-        device=pick_device(args.device),
-        options=from_namespace(Judging, args),
+    if bool(args.patients) == args.cross_validated:
+        raise ValueError(
+            "give either --patients, who are held out, or --cross_validated, which judges each "
+            "fold's model on the fold's own validation sections"
+        )
+    store = open_store(args.store, patches=False)  # those of the patients are copied
+    how: dict[str, Any] = {
+        "device": pick_device(args.device),
+        "options": from_namespace(Judging, args),
+    }
+    result = (
+        cross_validate(args.checkpoints, store, args.out, **how)
+        if args.cross_validated
+        else evaluate(args.checkpoints, store, args.patients, args.out, **how)
     )
     _say(describe_summary(result.summary))
     _say(f"written to {args.out}")
@@ -267,6 +279,27 @@ def _score(args: Namespace) -> None:
         fitting=wanted(options, pick_device(args.device), progress=True),
     )
     _say(describe_summary(result.summary))
+    _say(f"written to {args.out}")
+
+
+def _compare_options(parser: Parser) -> None:
+    parser.add_argument(
+        "evaluations",
+        nargs="+",
+        help="folders of evaluate or score, each against the first; FOLDER@colour_ridge: a control",
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+
+
+def _compare(args: Namespace) -> None:
+    from brstnet.evaluation.compare import compare, read_side, write
+
+    sides = [read_side(place) for place in args.evaluations]
+    found = compare(sides, seed=args.seed)
+    write(found, sides, args.out)
+    _say(f"first: {sides[0].name}; {sides[0].protocol['line']}")
+    _say(found.describe())
     _say(f"written to {args.out}")
 
 
@@ -336,6 +369,7 @@ COMMANDS = {
     "train": (_train_options, "one fold of one configuration", _train),
     "evaluate": (_evaluate_options, "judge checkpoints on held-out patients", _evaluate),
     "score": (_score_options, "judge anybody's predictions by the same tables", _score),
+    "compare": (_compare_options, "judged models side by side: is one better?", _compare),
     "predict": (_predict_options, "a slide without counts: expression at every spot", _predict),
     "push": (_push_options, "a store to object storage, for all machines", _push),
     "demo-data": (_demo_options, "synthetic tissue in the stnet layout", _demo),

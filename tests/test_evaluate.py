@@ -285,6 +285,7 @@ def test_every_file_is_written_and_says_its_protocol(judged: Judged, settings: S
     assert written == {
         "scores.parquet",
         "scores.csv",
+        "panels.parquet",
         "spots.parquet",
         "subgroups.csv",
         "null.csv",
@@ -634,7 +635,7 @@ def test_a_model_that_knows_nothing_still_gets_a_table_and_a_summary() -> None:
     scores = gene_scores(flat, true, np.arange(30.0), np.ones(4))
     scores = pd.concat([tidy(scores, "s"), tidy(scores, "s", "training_mean")])
     names = pd.Index([f"g{i}" for i in range(1, 5)])
-    genes = pd.DataFrame({"symbol": names, "panel": True}, index=names)
+    genes = pd.DataFrame({"symbol": names, "panel": True, "fold": "0"}, index=names)
     table = tables.gene_table(scores, genes)
     assert table["pcc"].isna().all()
     summary = tables.summarise(scores, genes)
@@ -695,7 +696,7 @@ def test_gene_groups_that_lack_a_column_are_refused_before_anything_is_predicted
     def never(*args: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr("brstnet.evaluation.evaluate.predict_mean", never)
+    monkeypatch.setattr("brstnet.evaluation.cases.predict_mean", never)
     file = tmp_path / "groups.parquet"
     pd.DataFrame({"symbol": ["A"], "group": ["up"]}).to_parquet(file)
     for groups, error, why in (

@@ -127,7 +127,9 @@ def test_a_spots_correlation_is_over_the_panel_in_both_units() -> None:
 def test_tissue_is_scored_apart_and_small_parts_are_left_out_and_counted() -> None:
     case = judged()
     case.spots.loc[case.spots.index[26:36], "label"] = "undetermined"  # b has 2 tumour spots left
-    table = subgroups.subgroup_table(case, score_table(case), {"a1": "TNBC", "b1": None})
+    genes = case.genes.assign(fold=case.fold)
+    subtypes = {"a1": "TNBC", "b1": None}
+    table = subgroups.subgroup_table([case], score_table(case), genes, subtypes)
     rows = table[table["predictor"] == MODEL].set_index(["grouping", "group"])
     assert rows.loc[("tissue", "tumour"), "spots"] == 12
     assert rows.loc[("tissue", "tumour"), "sections_left_out"] == 1
@@ -156,7 +158,7 @@ def test_the_null_of_the_partial_score_is_drawn_without_depth() -> None:
     case = judged()
     depth = case.log_total_N
     case.predictions[MODEL][:] = depth[:, None] * np.array([1.0, 2.0, -1.0])
-    table, why = belief.nulls(case, draws=20)
+    table, why = belief.nulls([case], draws=20)
     partial = table[table["score"] == "partial_pcc"]
     assert (partial.loc[partial["statistic"] == "median_pcc", "observed"] == 0).all()
     assert all("shifts of this section" in line for line in why)

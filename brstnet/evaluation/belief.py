@@ -68,15 +68,18 @@ def _plain(interval: uncertainty.Interval) -> dict[str, Any]:
     return {key: getattr(interval, key) for key in keys} | {"line": interval.line()}
 
 
-def nulls(judged: Judged, *, draws: int = 200, seed: int = 0) -> tuple[pd.DataFrame, list[str]]:
-    """What chance gives, over the fold's panel, and why a kind of chance could not be drawn.
+def nulls(
+    judged: Sequence[Judged], *, draws: int = 200, seed: int = 0
+) -> tuple[pd.DataFrame, list[str]]:
+    """What chance gives, over each fold's panel, and why a kind of chance could not be drawn.
 
     A row per score (pcc, partial_pcc), kind (spots, torus) and statistic: observed, the null's
     mean, sd and quantiles, p, draws.
     """
     parts, why = [], []
     for score in ("pcc", "partial_pcc"):
-        sections = _null_sections(judged, given_depth=score == "partial_pcc")
+        given_depth = score == "partial_pcc"
+        sections = [s for one in judged for s in _null_sections(one, given_depth=given_depth)]
         for kind in ("spots", "torus"):
             try:
                 null = permutation_null(sections, kind, draws=draws, seed=seed)
@@ -98,7 +101,13 @@ def _null_sections(judged: Judged, *, given_depth: bool) -> list[Section]:
         if given_depth:
             sides = tuple(metrics.residual(side, judged.log_total_N[rows]) for side in sides)  # type: ignore[assignment]
         found.append(
-            Section(patient=patient, pred_NG=sides[0], true_NG=sides[1], array_N2=array_N2[rows])
+            Section(
+                patient=patient,
+                pred_NG=sides[0],
+                true_NG=sides[1],
+                array_N2=array_N2[rows],
+                genes=judged.genes.index[panel],
+            )
         )
     return found
 
@@ -155,7 +164,8 @@ def describe(summary: dict[str, Any]) -> list[str]:
     model = summary["predictors"][MODEL]
     if "share_of_ceiling" in model:
         lines.append(
-            f"of what counting noise allows: {100 * model['share_of_ceiling']:.0f} %, "
+            "of what counting noise allows (a little low: genes whose halves agree): "
+            f"{100 * model['share_of_ceiling']:.0f} %, "
             f"given total {100 * model['share_of_ceiling_partial']:.0f} %"
         )
     lines += summary["shallow_sections"]

@@ -7,6 +7,7 @@ sections. `oracle_neighbour_mean` is no predictor but an oracle: it has read the
 spot, and says how far smoothness in space alone would carry.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -300,7 +301,13 @@ def _texture(gray: np.ndarray, blur: int) -> tuple[float, float]:
 def colour_features(store: Store, sections: Sequence[str], *, progress: bool = True) -> np.ndarray:
     """`colour_statistics` of every spot of these sections, (N, 53)."""
     bar = tqdm(sections, "colour statistics", unit="section", disable=not progress)
-    return np.concatenate([[colour_statistics(p) for p in store.patches(s)] for s in bar])
+    return np.concatenate([_section_colours(store, section) for section in bar])
+
+
+@functools.lru_cache(maxsize=256)
+def _section_colours(store: Store, section: str) -> np.ndarray:
+    """Of one section: the folds of a cross-validated evaluation want each several times."""
+    return np.array([colour_statistics(patch) for patch in store.patches(section)])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,35 +4,38 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import anndata
 import numpy as np
 import pandas as pd
 import torch
 
 from brstnet import __version__
-from brstnet.config import plain
 from brstnet.data.store import Store
 from brstnet.evaluation import belief, plots, subgroups, tables
-from brstnet.evaluation.ceiling import shallow_sections
+from brstnet.evaluation.cases import (
+    Case,
+    describe_folds,
+    describe_models,
+    held_out_case,
+    listed,
+    validation_cases,
+)
+from brstnet.evaluation.ceiling import SectionCeiling, shallow_sections
 from brstnet.evaluation.controls import Controls, Encoder, Wanted, predict_controls
 from brstnet.evaluation.export import to_anndata
 from brstnet.evaluation.judging import Judging
-from brstnet.evaluation.predict import Ensemble, load_ensemble, predict_mean
+from brstnet.evaluation.predict import load_ensemble
 from brstnet.evaluation.scores import METRICS, MODEL, Judged, score_table, spot_table
-from brstnet.evaluation.yardstick import (
-    Yardstick,
-    judged_genes,
-    measured,
-    read_gene_list,
-    standardise,
-)
-from brstnet.training.leaks import LeakError
+from brstnet.evaluation.yardstick import measured, standardise
 
 USUAL = Judging()
+PANELS = "panels.parquet"
+"""A row a fold and gene that was judged: fold, gene, symbol, and who is in which panel."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,7 @@ class Evaluation:
 
     Attributes:
         scores: the tidy table of every score of every predictor (`scores.COLUMNS`).
+        panels: a row a fold and gene that was judged: symbol, and who is in which panel.
         spots: the PCC over genes of each spot and predictor.
         genes: a row per gene: medians over sections, and which panel it is in.
         subgroups: the same figures by subtype, patient, tissue.
@@ -50,6 +54,7 @@ class Evaluation:
     """
 
     scores: pd.DataFrame
+    panels: pd.DataFrame
     spots: pd.DataFrame
     genes: pd.DataFrame
     subgroups: pd.DataFrame
@@ -59,18 +64,12 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
-    """What is to be judged: predictions (N, G) of these genes on these sections, standardised.
+class Part:
+    """A case beside the truth and all controls."""
 
-    `about` says where they come from: the part of the protocol that this room cannot know.
-    """
-
-    yardstick: Yardstick
-    store: Store
-    sections: Sequence[str]
-    genes: pd.DataFrame
-    pred_NG: np.ndarray
-    about: Mapping[str, Any]
+    case: Case
+    judged: Judged
+    beside: Controls
 
 
 def evaluate(
@@ -100,21 +99,33 @@ def evaluate(
     """
     _check_files(options)
     ensemble = load_ensemble(checkpoints, device)
-    sections = store.of_patients(patients)
-    check_unseen(ensemble, store, sections)
-    yardstick = Yardstick.of(ensemble, store)
-    genes = judged_genes(yardstick, store, listed(options))
-    predicted = predict_mean(ensemble, store, sections, progress=progress)
-    columns = ensemble.genes.index.get_indexer(genes.index)
-    case = Case(
-        yardstick=yardstick,
-        store=store,
-        sections=sections,
-        genes=genes,
-        pred_NG=standardise(predicted[:, columns], genes),
-        about=describe_models(ensemble, store, sections, genes),
-    )
-    return judge(case, out, options, wanted(options, device, progress=progress))
+    case = held_out_case(ensemble, store, store.of_patients(patients), options, progress=progress)
+    about = describe_models([case], ensemble, f"mean of {len(ensemble.members)} models")
+    return judge([case], about, out, options, wanted(options, device, progress=progress))
+
+
+def cross_validate(
+    checkpoints: Sequence[Path],
+    store: Store,
+    out: Path,
+    *,
+    device: torch.device,
+    options: Judging = USUAL,
+    progress: bool = True,
+) -> Evaluation:
+    """Evaluate each fold's models on the fold's validation sections, and write all as one.
+
+    So every patient of the cohort is judged once, by models that did not train on them: enough
+    patients for intervals and tests. The scores are those that configurations were chosen by, and
+    a little optimistic; only held-out patients are beyond that. Each fold has its own panel, units
+    and controls, fitted on its own training sections. Arguments and what is raised are those of
+    `evaluate`; predictions go to predictions_fold_K.h5ad.
+    """
+    _check_files(options)
+    with store.read_once():
+        cases, ensemble = validation_cases(checkpoints, store, device, options, progress=progress)
+        about = describe_models(cases, ensemble, describe_folds(cases, ensemble))
+        return judge(cases, about, out, options, wanted(options, device, progress=progress))
 
 
 def _check_files(options: Judging) -> None:
@@ -130,33 +141,52 @@ def wanted(options: Judging, device: torch.device, *, progress: bool) -> Wanted:
     return Wanted(encoder=encoder or None, device=device, seed=options.seed, progress=progress)
 
 
-def listed(options: Judging) -> list[str] | None:
-    """The user's own panel, by id or symbol."""
-    return None if options.gene_list is None else read_gene_list(options.gene_list)
-
-
-def judge(case: Case, out: Path, options: Judging, fitting: Wanted) -> Evaluation:
+def judge(
+    cases: Sequence[Case], about: Mapping[str, Any], out: Path, options: Judging, fitting: Wanted
+) -> Evaluation:
     """Score predictions beside all controls and write everything under `out`.
 
     What is judged are the numbers that predictions.h5ad holds, float32, so that they score the same
     when they come back by `brstnet score`.
+
+    Args:
+        cases: one, or one a fold.
+        about: where the predictions come from, with `line`; see `describe_case`.
+        out: folder to write to.
+        options: panels, draws.
+        fitting: what is optional of the controls.
     """
-    with case.store.read_once():
-        judged, beside = _beside(case, fitting)
-        result = _found(case, judged, beside, options)
-    predicted = judged.predictions[MODEL].astype(np.float32)
-    adata = to_anndata(predicted, judged.true_NG, judged.spots, judged.genes, result.protocol)
-    adata.uns["brstnet_median_total"] = case.yardstick.median_total
+    with cases[0].store.read_once():
+        parts = [_beside(case, fitting) for case in cases]
+        result = _found(parts, about, options)
     out.mkdir(parents=True, exist_ok=True)
-    adata.write_h5ad(out / "predictions.h5ad")
+    for old in out.glob("predictions*.h5ad"):  # of an earlier evaluation, maybe of other folds
+        old.unlink()
+    annotated = {_end(part, parts): _annotated(part, result.protocol) for part in parts}
+    for end, adata in annotated.items():
+        adata.write_h5ad(out / f"predictions{end}.h5ad")
     shutil.rmtree(out / "figures", ignore_errors=True)  # of an earlier evaluation, maybe of others
     panel = result.genes[result.genes["panel"]]
-    plots.draw_all(panel, adata, result.protocol["line"], out / "figures")
+    plots.draw_all(panel, list(annotated.values()), result.protocol["line"], out / "figures")
     _write(result, out)
     return result
 
 
-def _beside(case: Case, fitting: Wanted) -> tuple[Judged, Controls]:
+def _end(part: Part, parts: Sequence[Part]) -> str:
+    """What a file of one fold's is called after."""
+    return f"_fold_{part.judged.fold}" if len(parts) > 1 else ""
+
+
+def _annotated(part: Part, protocol: dict[str, Any]) -> anndata.AnnData:
+    judged = part.judged
+    predicted = judged.predictions[MODEL].astype(np.float32)
+    adata = to_anndata(predicted, judged.true_NG, judged.spots, judged.genes, protocol)
+    adata.uns["brstnet_median_total"] = part.case.yardstick.median_total
+    adata.uns["brstnet_fold"] = judged.fold
+    return adata
+
+
+def _beside(case: Case, fitting: Wanted) -> Part:
     """The predictions, the truth, and all controls."""
     store, sections, genes = case.store, case.sections, case.genes
     true_NG = standardise(measured(case.yardstick, store, sections, genes), genes)
@@ -169,132 +199,84 @@ def _beside(case: Case, fitting: Wanted) -> tuple[Judged, Controls]:
         predictions={MODEL: pred_NG, **beside.predictions},
         fold=case.yardstick.fold,
     )
-    return judged, beside
+    return Part(case=case, judged=judged, beside=beside)
 
 
-def _found(case: Case, judged: Judged, beside: Controls, options: Judging) -> Evaluation:
+def _found(parts: Sequence[Part], about: Mapping[str, Any], options: Judging) -> Evaluation:
     """All tables of what is judged."""
-    store, sections, genes, seed = case.store, case.sections, case.genes, options.seed
-    ceilings = belief.ceilings(
-        case.yardstick, store, sections, genes, thinnings=options.thinnings, seed=seed
-    )
-    scores = score_table(judged, ceilings)
+    judged, seed = [part.judged for part in parts], options.seed
+    ceilings = [_ceilings(part.case, options) for part in parts]
+    scores = pd.concat(map(score_table, judged, ceilings), ignore_index=True)
+    genes = pd.concat([one.genes.assign(fold=one.fold) for one in judged])
+    sections, store = about["sections"], parts[0].case.store
     subtypes = {name: store.sections[name].get("subtype") or None for name in sections}
-    parts = subgroups.subgroup_table(judged, scores, subtypes)
+    grouped = subgroups.subgroup_table(judged, scores, genes, subtypes)
     null, why_not = belief.nulls(judged, draws=options.draws, seed=seed)
     table = tables.gene_table(scores, genes)
-    panel = table[table["panel"]]
+    in_panel = tables.within(scores, genes, "panel")
+    summary = {
+        "protocol": about["line"],
+        **tables.summarise(scores, genes),
+        "interval": belief.intervals(in_panel, tables.members(genes, "panel")),
+        "null": belief.cautious(null),
+        "null_not_drawn": why_not,
+        "shallow_sections": [line for found in ceilings for line in shallow_sections(found)],
+        "worst_patient": subgroups.worst_patient(grouped),
+        "not_available": _by_fold(parts, lambda part: part.beside.not_available),
+    }
+    summary["lines"] = belief.describe(summary)
+    if options.gene_groups is not None:
+        groups = tables.read_groups(options.gene_groups)
+        summary["groups"] = tables.summarise_groups(table[table["panel"]], groups)
     facts = {
-        **case.about,
-        "genes_judged": len(genes),
-        "controls": beside.facts,
+        **about,
+        "genes_judged": len(table),
+        "controls": _by_fold(parts, lambda part: part.beside.facts),
         "scores": METRICS,
         "units": "training standard deviations of each gene's target",
         "judging": dataclasses.asdict(options),
         "brstnet": __version__,
     }
-    summary = {
-        "protocol": case.about["line"],
-        **tables.summarise(scores, genes),
-        "interval": belief.intervals(scores, panel.index),
-        "null": belief.cautious(null),
-        "null_not_drawn": why_not,
-        "shallow_sections": shallow_sections(ceilings),
-        "worst_patient": subgroups.worst_patient(parts),
-        "not_available": beside.not_available,
-    }
-    summary["lines"] = belief.describe(summary)
-    if options.gene_groups is not None:
-        groups = tables.read_groups(options.gene_groups)
-        summary["groups"] = tables.summarise_groups(panel, groups)
     return Evaluation(
         scores=scores,
-        spots=spot_table(judged),
+        panels=genes[["fold", "symbol", "panel", "variable", "listed"]],
+        spots=pd.concat(map(spot_table, judged), ignore_index=True),
         genes=table,
-        subgroups=parts,
+        subgroups=grouped,
         null=null,
         summary=summary,
         protocol=strict(facts),
     )
 
 
-def check_unseen(ensemble: Ensemble, store: Store, sections: Sequence[str]) -> None:
-    """Refuse to judge a model on a patient it has seen, whatever the patient is called here.
+def _ceilings(case: Case, options: Judging) -> dict[str, SectionCeiling]:
+    return belief.ceilings(
+        case.yardstick,
+        case.store,
+        case.sections,
+        case.genes,
+        thinnings=options.thinnings,
+        seed=options.seed,
+    )
 
-    A patient has been seen whose name the checkpoint has, or who owns a section here that it has by
-    name or by the very patches.
 
-    Raises:
-        LeakError: a section's patient was in training or validation.
-    """
-    for member in ensemble.members:
-        hashes = member.facts["store"]["sections"]
-        seen = {*member.facts["patients"]} | {
-            entry["patient"]
-            for name, entry in store.sections.items()
-            if name in hashes or entry["files"]["patches.npy"] in hashes.values()
+def _by_fold(parts: Sequence[Part], facts: Callable[[Part], Mapping[str, Any]]) -> dict[str, Any]:
+    """The facts of the only part; of several, those that all share, and else a fact a fold."""
+    if len(parts) == 1:
+        return dict(facts(parts[0]))
+    found = [facts(part) for part in parts]
+    merged: dict[str, Any] = {}
+    for name in dict.fromkeys(name for each in found for name in each):
+        each = {
+            f"fold {p.judged.fold}": f[name] for p, f in zip(parts, found, strict=True) if name in f
         }
-        for name in sections:
-            if (patient := store.sections[name]["patient"]) in seen:
-                raise LeakError(
-                    f"section {name} of patient {patient} cannot judge {member.path}: that model "
-                    "was trained or chosen on the patient; judge it on held-out patients "
-                    f"({', '.join(member.settings.protocol.held_out) or 'this one has none'})"
-                )
-
-
-def describe_case(
-    yardstick: Yardstick, store: Store, sections: Sequence[str], genes: pd.DataFrame, what: str
-) -> dict[str, Any]:
-    """All that a reader needs to know to believe, or to repeat, the numbers beside it.
-
-    Args:
-        yardstick: what is measured by.
-        store: where the sections are.
-        sections: that are judged.
-        genes: that are judged.
-        what: was judged, in words.
-    """
-    protocol, scored = yardstick.protocol, int(genes["panel"].sum())
-    patients = sorted({store.sections[name]["patient"] for name in sections})
-    fewer = f"; scored on {scored} of the panel's genes" if scored < protocol.panel_size else ""
-    return {
-        "line": f"judged on {', '.join(patients)} ({len(sections)} sections); "
-        f"{what}; {protocol.line()}{fewer}",
-        "protocol": plain(protocol),
-        "patients": patients,
-        "sections": list(sections),
-        "spots": {name: store.sections[name]["spots_kept"] for name in sections},
-        "genes": scored,
-        "panel_genes_not_scored": protocol.panel_size - scored,
-        "store": store.digest,
-        "prepare": store.index["prepare"],
-        "yardstick": yardstick.origin,
-    }
-
-
-def describe_models(
-    ensemble: Ensemble, store: Store, sections: Sequence[str], genes: pd.DataFrame
-) -> dict[str, Any]:
-    """`describe_case` of checkpoints, with their settings and scores."""
-    first = ensemble.members[0]
-    trained = first.facts["store"]
-    what = f"mean of {len(ensemble.members)} models"
-    return {
-        **describe_case(Yardstick.of(ensemble, store), store, sections, genes, what),
-        "models": [
-            {
-                "settings": m.settings.fingerprint(),
-                "fold": m.fold.number,
-                "epoch": int(m.facts["scores"]["epoch"]),
-                "validation_score": m.facts["scores"]["score"],
-            }
-            for m in ensemble.members
-        ],
-        "training": plain(first.settings.training),
-        "trained_on_store": trained["digest"],
-        "same_stain_target": store.index["stain_target"] == trained["stain_target"],
-    }
+        values = list(each.values())
+        merged[name] = (
+            values[0]
+            if len(each) == len(parts) and values.count(values[0]) == len(values)
+            else each
+        )
+    return merged
 
 
 def strict(value: Any) -> Any:
@@ -313,6 +295,7 @@ def strict(value: Any) -> Any:
 def _write(result: Evaluation, out: Path) -> None:
     result.scores.to_parquet(out / "scores.parquet")
     result.scores.to_csv(out / "scores.csv", index=False)
+    result.panels.rename_axis("gene").reset_index().to_parquet(out / PANELS)
     result.spots.to_parquet(out / "spots.parquet")
     result.genes.to_csv(out / "genes.csv")
     result.subgroups.to_csv(out / "subgroups.csv", index=False)

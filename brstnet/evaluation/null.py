@@ -27,13 +27,15 @@ class Section:
     """Prediction and truth of one section, in any units.
 
     For the partial PCC give both without what the log total explains; for the torus null give
-    `array_N2`, the spots' whole-numbered rows and columns on the array.
+    `array_N2`, the spots' whole-numbered rows and columns on the array. Sections that were not
+    judged on the same genes (each fold has its own panel) say which, in `genes`.
     """
 
     patient: str
     pred_NG: np.ndarray
     true_NG: np.ndarray
     array_N2: np.ndarray | None = None
+    genes: pd.Index | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,12 +126,13 @@ def permutation_null(
     moved = [mover(s, g) for s, g in zip(sections, generators, strict=True)]
     patients = [s.patient for s in sections]
 
-    observed_G = _per_gene([scored(s.pred_NG, s.true_NG) for s in sections], patients)
+    places = _places(sections)
+    observed_G = _per_gene([scored(s.pred_NG, s.true_NG) for s in sections], places, patients)
     step = max(1, CHUNK // (len(sections) * len(observed_G)))
     each = [
         _statistics(pcc_G)
         for start in range(0, draws, step)
-        for pcc_G in _per_gene([m.draw(min(step, draws - start)) for m in moved], patients)
+        for pcc_G in _per_gene([m.draw(min(step, draws - start)) for m in moved], places, patients)
     ]
     return Null(
         kind=kind,
@@ -139,9 +142,26 @@ def permutation_null(
     )
 
 
-def _per_gene(sections: Sequence[np.ndarray], patients: Sequence[str]) -> np.ndarray:
-    """Scores of S sections (..., G) each to the mean over patients of their means, (..., G)."""
-    return nanmean(patient_table(np.stack(sections, axis=-1), patients))
+def _places(sections: Sequence[Section]) -> list[np.ndarray]:
+    """For each section the columns of its genes among those of all sections."""
+    known = [s.genes for s in sections if s.genes is not None]
+    if not known:
+        return [np.arange(s.true_NG.shape[1]) for s in sections]
+    if len(known) < len(sections):
+        raise ValueError("either all sections say which their genes are, or none does")
+    union = pd.Index(dict.fromkeys(gene for genes in known for gene in genes))
+    return [union.get_indexer(genes) for genes in known]
+
+
+def _per_gene(
+    sections: Sequence[np.ndarray], places: Sequence[np.ndarray], patients: Sequence[str]
+) -> np.ndarray:
+    """Scores of S sections (..., G of each) to the mean over patients of their means, (..., G)."""
+    genes = 1 + max(int(at.max()) for at in places)
+    table = np.full((*sections[0].shape[:-1], genes, len(sections)), np.nan)
+    for s, (scores, at) in enumerate(zip(sections, places, strict=True)):
+        table[..., at, s] = scores
+    return nanmean(patient_table(table, patients))
 
 
 def _statistics(pcc_G: np.ndarray) -> dict[str, float]:

@@ -26,17 +26,9 @@ import torch
 from scipy import sparse
 
 from brstnet.data.store import Store, sha256
+from brstnet.evaluation.cases import Case, check_unseen, describe_case, listed
 from brstnet.evaluation.controls import Wanted
-from brstnet.evaluation.evaluate import (
-    USUAL,
-    Case,
-    Evaluation,
-    check_unseen,
-    describe_case,
-    judge,
-    listed,
-    wanted,
-)
+from brstnet.evaluation.evaluate import USUAL, Evaluation, judge, wanted
 from brstnet.evaluation.judging import Judging
 from brstnet.evaluation.predict import load_ensemble
 from brstnet.evaluation.yardstick import Yardstick, judged_genes, standardise
@@ -127,18 +119,18 @@ def score(
         sections=sections,
         genes=genes,
         pred_NG=in_standard_units(found, genes, yardstick),
-        about={
-            **describe_case(yardstick, store, sections, genes, what),
-            "predictions": {
-                "file": predictions.path.name,
-                "sha256": sha256(predictions.path),
-                "units": found.units,
-                "spots_left_alone": found.left_alone,
-            },
-        },
     )
+    about = {
+        **describe_case([case], what),
+        "predictions": {
+            "file": predictions.path.name,
+            "sha256": sha256(predictions.path),
+            "units": found.units,
+            "spots_left_alone": found.left_alone,
+        },
+    }
     usual = wanted(options, torch.device("cpu"), progress=True)
-    return judge(case, out, options, fitting or usual)
+    return judge([case], about, out, options, fitting or usual)
 
 
 def from_checkpoints(

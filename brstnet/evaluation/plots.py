@@ -98,11 +98,21 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def draw_all(genes: pd.DataFrame, adata: anndata.AnnData, heading: str, folder: Path) -> None:
-    """The histogram, and the best-predicted genes mapped over every section."""
+def draw_all(
+    genes: pd.DataFrame, folds: Sequence[anndata.AnnData], heading: str, folder: Path
+) -> None:
+    """The histogram, and the best-predicted genes mapped over every section.
+
+    Args:
+        genes: from `tables.gene_table`, best first.
+        folds: predictions of each fold, or of all models.
+        heading: above each figure.
+        folder: to draw into.
+    """
     save(plot_histogram(histogram_info(genes), heading), folder / "pcc_histogram.png")
-    best = list(genes.index[:MAPPED_GENES])
-    for section in dict.fromkeys(adata.obs["section"]):
+    for adata in folds:
+        best = list(genes.index[genes.index.isin(adata.var_names)][:MAPPED_GENES])
         titles = {g: f"{genes['symbol'][g]}\nmedian PCC {genes['pcc'][g]:.2f}" for g in best}
-        info = map_info(adata, section, best)
-        save(plot_map(info, titles, f"{section}; {heading}"), folder / f"genes_{section}.png")
+        for section in dict.fromkeys(adata.obs["section"]):
+            info = map_info(adata, section, best)
+            save(plot_map(info, titles, f"{section}; {heading}"), folder / f"genes_{section}.png")

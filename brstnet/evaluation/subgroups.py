@@ -12,7 +12,7 @@ import pandas as pd
 
 from brstnet.evaluation.controls import tissue
 from brstnet.evaluation.scores import MODEL, TRUTH, Judged, score_table
-from brstnet.evaluation.tables import predictor_summary
+from brstnet.evaluation.tables import members, predictor_summary, within
 
 MIN_SPOTS = 10
 """A section with fewer spots of a kind of tissue is left out there, and counted."""
@@ -31,34 +31,45 @@ KEYS = (
 
 
 def subgroup_table(
-    judged: Judged, scores: pd.DataFrame, subtypes: Mapping[str, str | None]
+    judged: Sequence[Judged],
+    scores: pd.DataFrame,
+    genes: pd.DataFrame,
+    subtypes: Mapping[str, str | None],
 ) -> pd.DataFrame:
     """A row per grouping (subtype, patient, tissue), group and predictor, over the fold's panel.
 
     Columns: grouping, group, predictor, patients, sections, sections_left_out, spots, and KEYS.
 
     Args:
-        judged: predictions and truth; its spots have labels where the store does.
+        judged: of each fold predictions and truth; spots have labels where the store does.
         scores: their table.
+        genes: index gene; fold, panel.
         subtypes: of each section, where it is known.
     """
-    panel = judged.genes.index[judged.genes["panel"].to_numpy(bool)]
-    spots = judged.spots.assign(subtype=judged.spots["section"].map(dict(subtypes)))
+    panel, scores = members(genes, "panel"), within(scores, genes, "panel")
+    spots = pd.concat([one.spots for one in judged], ignore_index=True)
+    spots["subtype"] = spots["section"].map(dict(subtypes))
     parts = []
     for grouping in ("subtype", "patient"):
         for group, here in spots.dropna(subset=[grouping]).groupby(grouping, observed=True):
             mine = scores[scores["section"].isin(here["section"])]
             parts.append(_rows(mine, here, panel).assign(grouping=grouping, group=str(group)))
-    kind_N = tissue(spots["label"]) if "label" in spots else np.full(len(spots), "")
     for kind in ("tumour", "normal"):
-        rows, left_out = _enough(spots, kind_N == kind)
-        if rows.any():
-            mine = score_table(_part(judged, rows))
-            found = _rows(mine[mine["section"] != ""], spots[rows], panel, left_out)
+        chosen = [_enough(one.spots, _kind(one.spots) == kind) for one in judged]
+        pairs = [(o, rows) for o, (rows, _) in zip(judged, chosen, strict=True) if rows.any()]
+        if pairs:
+            mine = pd.concat([score_table(_part(*pair)) for pair in pairs])
+            mine = within(mine[mine["section"] != ""], genes, "panel")
+            here = pd.concat([one.spots[rows] for one, rows in pairs])
+            found = _rows(mine, here, panel, sum(left_out for _, left_out in chosen))
             parts.append(found.assign(grouping="tissue", group=kind))
     table = pd.concat(parts, ignore_index=True)
     first = ["grouping", "group", "predictor"]
     return table[[*first, *(c for c in table if c not in first)]]
+
+
+def _kind(spots: pd.DataFrame) -> np.ndarray:
+    return tissue(spots["label"]) if "label" in spots else np.full(len(spots), "")
 
 
 def _rows(

@@ -32,14 +32,33 @@ PANELS = {
 }
 
 
+def within(scores: pd.DataFrame, genes: pd.DataFrame, panel: str) -> pd.DataFrame:
+    """The scores of a panel's genes, in each fold of its own, and those that are of no gene.
+
+    Args:
+        scores: the tidy table.
+        genes: index gene; fold, and a column of this panel's name that says who is in it.
+        panel: panel, variable or listed.
+    """
+    mine = genes[genes[panel].to_numpy(bool)]
+    pairs = pd.MultiIndex.from_arrays([mine["fold"], mine.index])
+    inside = pd.MultiIndex.from_frame(scores[["fold", "gene"]]).isin(pairs)
+    return scores[inside | (scores["gene"] == "").to_numpy()]
+
+
+def members(genes: pd.DataFrame, panel: str) -> pd.Index:
+    """The genes that are in this panel in any fold, each once."""
+    return genes.index[genes[panel].to_numpy(bool)].unique()
+
+
 def values(scores: pd.DataFrame, predictor: str, genes: Sequence[str] | pd.Index) -> pd.DataFrame:
     """One predictor's scores: a row per section and gene, a column per metric.
 
     A correlation that is missing because the prediction alone is constant is 0 (Lin's concordance
-    is 0 there, and NaN where the truth is constant). Index patient, section, gene.
+    is 0 there, and NaN where the truth is constant). Index fold, patient, section, gene.
     """
     mine = scores[(scores["predictor"] == predictor) & scores["gene"].isin(list(genes))]
-    index = ["patient", "section", "gene", "metric"]
+    index = ["fold", "patient", "section", "gene", "metric"]
     wide = mine.set_index(index)["value"].unstack("metric").rename_axis(columns=None)
     for name in wide.columns.intersection(list(CORRELATIONS)):
         ccc = wide["ccc_pooled" if name.endswith("_pooled") else "ccc"]
@@ -51,7 +70,7 @@ def section_table(
     scores: pd.DataFrame, predictor: str, metric: str, genes: Sequence[str] | pd.Index
 ) -> pd.DataFrame:
     """One metric of one predictor: a row per gene, a column per (patient, section)."""
-    column = values(scores, predictor, genes)[metric]
+    column = values(scores, predictor, genes)[metric].droplevel("fold")
     column = column[column.index.get_level_values("section") != ""]
     return column.unstack(["patient", "section"]).reindex(list(genes))
 
@@ -64,10 +83,12 @@ def gene_table(scores: pd.DataFrame, genes: pd.DataFrame) -> pd.DataFrame:
 
     Args:
         scores: the tidy table.
-        genes: index gene; symbol, and the columns that say which panel a gene is in.
+        genes: index gene; symbol, and the columns that say which panel a gene is in. Of several
+            folds: a row a fold and gene; a gene is in a panel here if it is in any fold's.
     """
-    shown = [c for c in ("symbol", "panel", "variable", "listed") if c in genes]
-    parts = [genes[shown]]
+    how = {"symbol": "first", "panel": "any", "variable": "any", "listed": "any"}
+    genes = genes.groupby(level=0, sort=False).agg({c: how[c] for c in how if c in genes})
+    parts = [genes]
     for predictor, mine in scores.groupby("predictor", sort=False, observed=True):
         wide = mine.groupby(["gene", "metric"], observed=True)["value"].median().unstack()
         if predictor not in (MODEL, TRUTH):
@@ -165,11 +186,11 @@ def summarise(scores: pd.DataFrame, genes: pd.DataFrame) -> dict[str, Any]:
 
     Args:
         scores: the tidy table.
-        genes: index gene; panel, and maybe variable and listed, say who is in which panel.
+        genes: index gene; fold; panel, and maybe variable and listed, say who is in which panel.
     """
-    panel = genes.index[genes["panel"].to_numpy(bool)]
+    panel, mine = members(genes, "panel"), within(scores, genes, "panel")
     names = [p for p in dict.fromkeys(scores["predictor"]) if p != TRUTH]
-    every = {name: predictor_summary(scores, name, panel) for name in names}
+    every = {name: predictor_summary(mine, name, panel) for name in names}
     summary = {**every[MODEL]}
     for name in names[1:]:
         summary[f"median_pcc_{name}"] = every[name]["median_pcc"]
@@ -178,18 +199,24 @@ def summarise(scores: pd.DataFrame, genes: pd.DataFrame) -> dict[str, Any]:
         summary |= {f"{name}_{key}": every[name][key] for key in above}
     summary["predictors"] = every
     summary["panels"] = {
-        name: _panel(scores, genes.index[genes[name].to_numpy(bool)], names, what)
+        name: _panel(within(scores, genes, name), members(genes, name), names, what)
         for name, what in PANELS.items()
         if name in genes and genes[name].any()
     }
-    pcc = section_table(scores, MODEL, "pcc", panel)
-    summary["median_pcc_by_section"] = {
-        str(section): metrics.nanmedian(column)
-        for section, column in zip(
-            pcc.columns.get_level_values("section"), pcc.to_numpy().T, strict=True
-        )
-    }
+    summary["median_pcc_by_section"] = section_medians(mine, MODEL, "pcc", panel)
     return summary
+
+
+def section_medians(
+    scores: pd.DataFrame, predictor: str, metric: str, genes: Sequence[str] | pd.Index
+) -> dict[str, float]:
+    """The median over genes of one metric of one predictor, on each section."""
+    table = section_table(scores, predictor, metric, genes)
+    sections = table.columns.get_level_values("section")
+    return {
+        str(section): metrics.nanmedian(column)
+        for section, column in zip(sections, table.to_numpy().T, strict=True)
+    }
 
 
 def _panel(

@@ -143,7 +143,7 @@ class Interval:
         if self.why:
             return f"{self.value:.3f} ({self.why})"
         interval = f"{100 * self.how.level:g} % interval {self.low:.3f} to {self.high:.3f}"
-        return f"{self.value:.3f} ({interval} over {_several(self.units, self.unit)})"
+        return f"{self.value:.3f} ({interval} over {several(self.units, self.unit)})"
 
 
 def bootstrap_patients(
@@ -203,11 +203,11 @@ def _table(scores_GP: np.ndarray) -> np.ndarray:
 def _too_few(units: int, unit: str) -> str:
     if units >= MIN_UNITS:
         return ""
-    few = _several(units, unit)
+    few = several(units, unit)
     return f"no interval: {few}, and fewer than {MIN_UNITS} cannot give one"
 
 
-def _several(units: int, unit: str) -> str:
+def several(units: int, unit: str) -> str:
     """Such as "1 patient" and "3 sections of one patient"."""
     what, *rest = unit.split(" ", 1)
     return " ".join([f"{units} {what}{'' if units == 1 else 's'}", *rest])

@@ -1,0 +1,219 @@
+"""What is to be judged: predictions of some genes on some sections, and where they come from.
+
+A held-out case is the mean of all models on patients that none of them has seen. A validation case
+is one fold's models on the sections that fold was validated on: all folds together are the
+cross-validated evaluation.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from brstnet.config import plain
+from brstnet.data.store import Store
+from brstnet.evaluation.judging import Judging
+from brstnet.evaluation.predict import Ensemble, find_checkpoints, load_ensemble, predict_mean
+from brstnet.evaluation.yardstick import Yardstick, judged_genes, read_gene_list, standardise
+from brstnet.training.checkpoint import Checkpoint
+from brstnet.training.folds import ALL
+from brstnet.training.leaks import LeakError, leak_gate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is to be judged: predictions (N, G) of these genes on these sections, standardised."""
+
+    yardstick: Yardstick
+    store: Store
+    sections: Sequence[str]
+    genes: pd.DataFrame
+    pred_NG: np.ndarray
+
+
+def held_out_case(
+    ensemble: Ensemble, store: Store, sections: Sequence[str], options: Judging, *, progress: bool
+) -> Case:
+    """The mean of all models on sections of patients that none of them has seen.
+
+    Raises:
+        LeakError: a section's patient was in training or validation.
+        ValueError: store and models do not fit.
+    """
+    check_unseen(ensemble, store, sections)
+    return _case(Yardstick.of(ensemble, store), ensemble, store, sections, options, progress)
+
+
+def validation_cases(
+    checkpoints: Sequence[Path],
+    store: Store,
+    device: torch.device,
+    options: Judging,
+    *,
+    progress: bool,
+) -> tuple[list[Case], Ensemble]:
+    """Each fold's models on the sections that the fold was validated on, and all of them.
+
+    Panel, statistics and controls are of the fold's own training sections. The leak gate, which was
+    passed before training, is passed again on this store.
+
+    Raises:
+        LeakError: a fold was not what its checkpoint says.
+        ValueError: there is a model of no fold, or the store is not the one they were trained on.
+    """
+    everybody = load_ensemble(checkpoints, device)
+    paths: dict[int, list[Path]] = {}
+    for path in [p for place in checkpoints for p in find_checkpoints(place)]:
+        member = next(m for m in everybody.members if m.path == path)
+        _check_validated(member, store)
+        paths.setdefault(member.fold.number, []).append(path)
+    cases = []
+    for _, same in sorted(paths.items()):
+        ensemble = load_ensemble(same, device)
+        fold = ensemble.members[0].fold
+        for member in ensemble.members:
+            leak_gate(store, member.fold, member.fitted, member.settings.protocol)
+        yardstick = dataclasses.replace(Yardstick.of(ensemble, store), train=tuple(fold.train))
+        cases.append(_case(yardstick, ensemble, store, fold.validation, options, progress))
+    return cases, everybody
+
+
+def _check_validated(member: Checkpoint, store: Store) -> None:
+    """Check that the sections that a member trained and validated on are in this store.
+
+    Raises:
+        ValueError: nobody validated it, or the store lacks a section, or has another of its name.
+    """
+    if member.fold.number == ALL or not member.fold.validation:
+        raise ValueError(
+            f"{member.path}: nobody validated this model (all patients trained it): only folds can "
+            "be cross-validated; judge it on held-out patients"
+        )
+    lacking = [
+        name
+        for name, sha in member.facts["store"]["sections"].items()
+        if name not in store.sections or store.sections[name]["files"]["patches.npy"] != sha
+    ]
+    if lacking:
+        raise ValueError(
+            f"{store.path}: {member.path} was trained on other sections than are here "
+            f"({', '.join(lacking[:3])} and {max(0, len(lacking) - 3)} more): cross-validation "
+            "needs the store that the folds were trained on"
+        )
+
+
+def _case(
+    yardstick: Yardstick,
+    ensemble: Ensemble,
+    store: Store,
+    sections: Sequence[str],
+    options: Judging,
+    progress: bool,  # noqa: FBT001 - as in all that call it
+) -> Case:
+    genes = judged_genes(yardstick, store, listed(options))
+    predicted = predict_mean(ensemble, store, sections, progress=progress)
+    columns = ensemble.genes.index.get_indexer(genes.index)
+    return Case(
+        yardstick=yardstick,
+        store=store,
+        sections=sections,
+        genes=genes,
+        pred_NG=standardise(predicted[:, columns], genes),
+    )
+
+
+def listed(options: Judging) -> list[str] | None:
+    """The user's own panel, by id or symbol."""
+    return None if options.gene_list is None else read_gene_list(options.gene_list)
+
+
+def check_unseen(ensemble: Ensemble, store: Store, sections: Sequence[str]) -> None:
+    """Refuse to judge a model on a patient it has seen, whatever the patient is called here.
+
+    A patient has been seen whose name the checkpoint has, or who owns a section here that it has by
+    name or by the very patches.
+
+    Raises:
+        LeakError: a section's patient was in training or validation.
+    """
+    for member in ensemble.members:
+        hashes = member.facts["store"]["sections"]
+        seen = {*member.facts["patients"]} | {
+            entry["patient"]
+            for name, entry in store.sections.items()
+            if name in hashes or entry["files"]["patches.npy"] in hashes.values()
+        }
+        for name in sections:
+            if (patient := store.sections[name]["patient"]) in seen:
+                raise LeakError(
+                    f"section {name} of patient {patient} cannot judge {member.path}: that model "
+                    "was trained or chosen on the patient; judge it on held-out patients "
+                    f"({', '.join(member.settings.protocol.held_out) or 'this one has none'}), or "
+                    "each fold's model on its own validation sections (--cross_validated)"
+                )
+
+
+# What a reader needs to know ----------------------------------------------------------------------
+
+
+def describe_case(cases: Sequence[Case], what: str) -> dict[str, Any]:
+    """All that a reader needs to know to believe, or to repeat, the numbers beside it.
+
+    Args:
+        cases: one, or one a fold.
+        what: was judged, in words.
+    """
+    store, protocol = cases[0].store, cases[0].yardstick.protocol
+    sections = [name for case in cases for name in case.sections]
+    scored = min(int(case.genes["panel"].sum()) for case in cases)
+    patients = sorted({store.sections[name]["patient"] for name in sections})
+    fewer = f"; scored on {scored} of the panel's genes" if scored < protocol.panel_size else ""
+    return {
+        "line": f"judged on {', '.join(patients)} ({len(sections)} sections); "
+        f"{what}; {protocol.line()}{fewer}",
+        "protocol": plain(protocol),
+        "patients": patients,
+        "sections": sections,
+        "spots": {name: store.sections[name]["spots_kept"] for name in sections},
+        "genes": scored,
+        "panel_genes_not_scored": protocol.panel_size - scored,
+        "store": store.digest,
+        "prepare": store.index["prepare"],
+        "yardstick": cases[0].yardstick.origin,
+    }
+
+
+def describe_models(cases: Sequence[Case], ensemble: Ensemble, what: str) -> dict[str, Any]:
+    """`describe_case` of checkpoints, with their settings and scores."""
+    first, store = ensemble.members[0], cases[0].store
+    trained = first.facts["store"]
+    return {
+        **describe_case(cases, what),
+        "models": [
+            {
+                "settings": m.settings.fingerprint(),
+                "fold": m.fold.number,
+                "epoch": int(m.facts["scores"]["epoch"]),
+                "validation_score": m.facts["scores"]["score"],
+            }
+            for m in ensemble.members
+        ],
+        "training": plain(first.settings.training),
+        "trained_on_store": trained["digest"],
+        "same_stain_target": store.index["stain_target"] == trained["stain_target"],
+    }
+
+
+def describe_folds(cases: Sequence[Case], ensemble: Ensemble) -> str:
+    """What is judged in a cross-validated evaluation, in words."""
+    stopping = ensemble.members[0].settings.training.stopping
+    epoch = "epoch and settings" if stopping == "early" else "settings"
+    return (
+        f"cross-validated: each of {len(cases)} folds by its own model, which did not train on "
+        f"it; {epoch} may have been chosen by these scores"
+    )
