@@ -291,6 +291,7 @@ def test_every_file_is_written_and_says_its_protocol(judged: Judged, settings: S
         "null.csv",
         "genes.csv",
         "summary.json",
+        "report.html",
         "protocol.json",
         "predictions.h5ad",
         "figures/pcc_histogram.png",

@@ -16,7 +16,7 @@ import torch
 
 from brstnet import __version__
 from brstnet.data.store import Store
-from brstnet.evaluation import belief, plots, subgroups, tables
+from brstnet.evaluation import belief, plots, report, subgroups, tables
 from brstnet.evaluation.cases import (
     Case,
     describe_folds,
@@ -169,6 +169,7 @@ def judge(
     panel = result.genes[result.genes["panel"]]
     plots.draw_all(panel, list(annotated.values()), result.protocol["line"], out / "figures")
     _write(result, out)
+    _report(result, out)
     return result
 
 
@@ -290,6 +291,28 @@ def strict(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value
+
+
+def _report(result: Evaluation, out: Path) -> None:
+    """report.html: all of it on a page."""
+    blocks = report.report_blocks(
+        result.summary,
+        result.scores,
+        result.panels.rename_axis("gene"),
+        result.genes,
+        result.subgroups,
+        out / "figures",
+    )
+    facts = result.protocol
+    patients = ", ".join(facts["patients"])
+    page = report.page(
+        f"Judged on {patients}",
+        facts["line"],
+        blocks,
+        report.tiles(result.summary),
+        f"brstnet {facts['brstnet']}; store {facts['store']}; {facts['yardstick']}",
+    )
+    (out / "report.html").write_text(page, encoding="utf-8")
 
 
 def _write(result: Evaluation, out: Path) -> None:

@@ -44,7 +44,7 @@ def plot_histogram(info: pd.DataFrame, title: str) -> Figure:
         )
     for threshold in THRESHOLDS:
         axes.axvline(threshold, color="black", linewidth=0.6, linestyle=":")
-    axes.set_xlabel("PCC on held-out sections (median over sections)")
+    axes.set_xlabel("a gene's PCC (median over the judged sections)")
     axes.set_ylabel("genes")
     axes.set_title(textwrap.fill(title, 100), fontsize=9)
     axes.legend(frameon=False)
