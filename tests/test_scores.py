@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from scipy.stats import pearsonr
+from scipy.stats import binomtest, pearsonr
 
 from brstnet import metrics
 from brstnet.config import Protocol
@@ -239,3 +239,10 @@ def test_six_patients_give_intervals_and_a_paired_difference() -> None:
     assert difference["p"] == difference["smallest_p"] == 2 / 2**6
     assert "95 % interval" in found["pcc"]["line"]
     assert found["sign_test"]["genes"]["unadjusted"] == 8
+    tests = belief.gene_tests(pd.concat(parts), [f"g{i}" for i in range(8)])
+    assert tests["patients_positive"].tolist() == tests["patients"].tolist() == [6] * 8
+    assert tests["p_sign"].tolist() == pytest.approx(
+        [binomtest(6, 6, alternative="greater").pvalue] * 8
+    )
+    assert tests["p_holm"].tolist() == pytest.approx([8 / 2**6] * 8)
+    assert tests["p_bh"].tolist() == pytest.approx([1 / 2**6] * 8)

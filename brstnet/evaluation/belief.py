@@ -63,6 +63,23 @@ def intervals(scores: pd.DataFrame, genes: Sequence[str] | pd.Index) -> dict[str
     }
 
 
+def gene_tests(scores: pd.DataFrame, genes: Sequence[str] | pd.Index) -> pd.DataFrame:
+    """Of each gene: is the model's PCC above 0 in patients? A one-sided sign test, adjusted.
+
+    Columns patients (with a score), patients_positive, p_sign, p_holm, p_bh.
+    """
+    per_patient, _ = patient_scores(scores, MODEL, "pcc", genes)
+    tests = uncertainty.gene_tests(per_patient)
+    columns = {
+        "patients": tests.patients_G,
+        "patients_positive": tests.positive_G,
+        "p_sign": tests.p_G,
+        "p_holm": tests.holm_G,
+        "p_bh": tests.bh_G,
+    }
+    return pd.DataFrame(columns, index=pd.Index(genes))
+
+
 def _plain(interval: uncertainty.Interval) -> dict[str, Any]:
     keys = ("value", "low", "high", "unit", "units", "genes_undefined")
     return {key: getattr(interval, key) for key in keys} | {"line": interval.line()}

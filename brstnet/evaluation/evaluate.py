@@ -213,12 +213,12 @@ def _found(parts: Sequence[Part], about: Mapping[str, Any], options: Judging) ->
     subtypes = {name: store.sections[name].get("subtype") or None for name in sections}
     grouped = subgroups.subgroup_table(judged, scores, genes, subtypes)
     null, why_not = belief.nulls(judged, draws=options.draws, seed=seed)
-    table = tables.gene_table(scores, genes)
-    in_panel = tables.within(scores, genes, "panel")
+    in_panel, panel = tables.within(scores, genes, "panel"), tables.members(genes, "panel")
+    table = tables.gene_table(scores, genes).join(belief.gene_tests(in_panel, panel))
     summary = {
         "protocol": about["line"],
         **tables.summarise(scores, genes),
-        "interval": belief.intervals(in_panel, tables.members(genes, "panel")),
+        "interval": belief.intervals(in_panel, panel),
         "null": belief.cautious(null),
         "null_not_drawn": why_not,
         "shallow_sections": [line for found in ceilings for line in shallow_sections(found)],
