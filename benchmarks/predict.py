@@ -31,8 +31,9 @@ from brstnet.data.patches import read_slide
 from brstnet.data.sections import ARRAY_PITCH_UM
 from brstnet.data.synthetic import Demo, make_demo
 from brstnet.evaluation import new_slide, tissue
-from brstnet.evaluation.new_slide import Asked, Geometry
+from brstnet.evaluation.new_slide import Asked
 from brstnet.evaluation.predict import Ensemble, load_ensemble
+from brstnet.evaluation.scale import geometry, model_input
 from brstnet.evaluation.slide import Slide, open_slide
 from brstnet.launch import pick_device, restart_with_allocator
 from brstnet.training.batches import Units
@@ -113,9 +114,9 @@ def measure(
     asked = Asked(
         um_per_px=UM_PER_PX, model_um_per_px=UM_PER_PX, min_tissue=1e-9 if every else None
     )
-    model = replace(new_slide.model_input(ensemble, UM_PER_PX), window_px=WINDOW_PX)
+    model = replace(model_input(ensemble.members, UM_PER_PX), window_px=WINDOW_PX)
     slide = parts.time("read", lambda: open_slide(path))
-    shape: Geometry = new_slide.geometry(slide, model, asked)
+    shape = geometry(slide, model, asked.pitch_um, asked.um_per_px)
     found = parts.time("colours", lambda: tissue.survey(slide))
     look = parts.time(
         "stain and tissue",
@@ -142,8 +143,9 @@ def measure(
 
     def write() -> None:
         about = new_slide.describe(ensemble, slide, shape, model, look, [])
-        adata = new_slide.to_anndata(predicted, ensemble, expected, about, found, slide, shape)
-        new_slide.write(out, adata, drawn, slide, found, shape, spatialdata=False)
+        pictured = new_slide.picture(found, slide, shape)
+        adata = new_slide.to_anndata(predicted, ensemble, expected, about, pictured)
+        new_slide.write(out, adata, drawn, slide, found, shape, asked)
 
     parts.time("write, 4 maps", write)
     parts.peak_gb = peak_gb()

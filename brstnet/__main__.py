@@ -316,6 +316,11 @@ def _predict_options(parser: Parser) -> None:
     parser.add_argument(
         "--spatialdata", action="store_true", help="slide.zarr too; needs brstnet[spatial]"
     )
+    parser.add_argument(
+        "--ome_tiff", action="store_true", help="a pyramid a gene drawn; needs brstnet[ome]"
+    )
+    parser.add_argument("--intervals", type=Path, help="intervals.parquet of brstnet evaluate")
+    parser.add_argument("--level", type=float, default=0.9, help="of the intervals")
     parser.add_argument("--device", default="auto")
 
 
@@ -330,6 +335,9 @@ def _predict(args: Namespace) -> None:
         min_tissue=args.min_tissue,
         genes=tuple(args.genes),
         spatialdata=args.spatialdata,
+        ome_tiff=args.ome_tiff,
+        intervals=args.intervals,
+        level=args.level,
     )
     device = pick_device(args.device)
     result = predict_slide(args.checkpoints, args.slide, args.out, asked, device=device)

@@ -7,12 +7,14 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from jsonargparse import Namespace
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
+from mlflow.entities import Run, ViewType
 from mlflow.exceptions import MlflowException
 
 from brstnet.config import Parser, from_namespace
@@ -22,6 +24,14 @@ from brstnet.evaluation.judging import Judging
 from brstnet.evaluation.tables import describe_summary
 from brstnet.launch import pick_device
 from sweeps import tracking
+
+
+@dataclass(frozen=True, kw_only=True)
+class Looks:
+    """How often some patients were judged before, and how many models there were."""
+
+    evaluations: int
+    models: int
 
 
 def make_parser() -> Parser:
@@ -56,6 +66,7 @@ def judge(options: Namespace) -> Evaluation:
     uri = options.tracking_uri or tracking.local_uri(options.runs)
     client = tracking.connect(uri)
     version = tracking.find_version(client, options.model)
+    looks = earlier_looks(client, str(version.run_id), options.patients)
     with tempfile.TemporaryDirectory() as scratch:
         try:
             folder = download_artifacts(version.source, dst_path=scratch, tracking_uri=uri)
@@ -68,13 +79,44 @@ def judge(options: Namespace) -> Evaluation:
             options.out,
             device=pick_device(options.device),
             options=from_namespace(Judging, options),
+            earlier=looks.evaluations,
         )
-    log_evaluation(client, str(version.run_id), options, result)
+    log_evaluation(client, str(version.run_id), options, result, looks)
     return result
 
 
+def earlier_looks(client: MlflowClient, trial_run: str, patients: Sequence[str]) -> Looks:
+    """How often one of these patients was judged before, in the experiment of the model's run.
+
+    A look is not undone by deleting its run: those count too. Models are told apart by the trial
+    that made them.
+    """
+    looks = [
+        run
+        for run in _evaluations(client, client.get_run(trial_run).info.experiment_id)
+        if {*patients} & {*run.data.tags.get("brstnet.patients", "").split(", ")}
+    ]
+    models = {run.data.tags.get("mlflow.parentRunId", run.info.run_id) for run in looks}
+    return Looks(evaluations=len(looks), models=len(models))
+
+
+def _evaluations(client: MlflowClient, experiment: str) -> Iterator[Run]:
+    """All evaluations of an experiment, page by page."""
+    token = None
+    while True:
+        page = client.search_runs(
+            [experiment],
+            "tags.`brstnet.kind` = 'evaluation'",
+            run_view_type=ViewType.ALL,
+            page_token=token,
+        )
+        yield from page
+        if not (token := page.token):
+            return
+
+
 def log_evaluation(
-    client: MlflowClient, trial_run: str, options: Namespace, result: Evaluation
+    client: MlflowClient, trial_run: str, options: Namespace, result: Evaluation, looks: Looks
 ) -> None:
     """A run with the summary's numbers and all files, below the trial that made the model."""
     trial = client.get_run(trial_run)
@@ -84,6 +126,8 @@ def log_evaluation(
         "brstnet.patients": patients,
         "brstnet.protocol_line": result.protocol["line"],
         "brstnet.model": options.model,
+        "brstnet.earlier_evaluations": str(looks.evaluations),
+        "brstnet.earlier_models": str(looks.models),
     }
     name = f"evaluation on {patients}"
     experiment = trial.info.experiment_id

@@ -1,16 +1,20 @@
 """Who is chosen and why, what lies in the champion's folder, what the registry is told."""
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from jsonargparse import Namespace
 from mlflow import MlflowClient
+from mlflow.entities import Run
 from scipy import stats
 from trainings import CPU, quiet, same_bits, with_training
 
@@ -27,6 +31,7 @@ from sweeps import tracking
 from sweeps.card import bootstrap, mean_interval
 from sweeps.champion import crown, describe_leaderboard, promote, read_outcomes
 from sweeps.choice import Choice, Outcome, by_hand, choose
+from sweeps.evaluate import earlier_looks, log_evaluation
 from sweeps.gather import gather
 from sweeps.refit import median_epochs, refit, refit_folder, refit_settings
 from sweeps.space import Sweep
@@ -616,6 +621,37 @@ def test_what_cannot_be_promoted_is_told_with_what_to_do(sweep: Path, client: Ml
     with pytest.raises(ValueError, match="was not tracked"):
         promote(client, out, "demo/1")
     assert versions(client) == []
+
+
+# Looks at held-out patients ----------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_every_look_at_a_held_out_patient_is_counted(
+    sweep: Path, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same patients, with any model, and though its run was deleted since."""
+    one_a_page = functools.partial(client.search_runs, max_results=1)
+    monkeypatch.setattr(client, "search_runs", one_a_page)
+    trials = [tracking.read_runs(sweep / "trials" / f"{n:04d}")["trial"] for n in range(2)]
+    (tmp_path / "out").mkdir()
+    result: Any = SimpleNamespace(protocol={"line": "judged"}, summary={"median_pcc": 0.3})
+    told = []
+    for trial, patients in ((0, ["B"]), (0, ["A", "B"]), (1, ["BC"]), (1, ["B", "C"]), (1, ["B"])):
+        looks = earlier_looks(client, trials[trial], patients)
+        told.append((looks.evaluations, looks.models))
+        options = Namespace(patients=patients, model="models:/brstnet/1", out=tmp_path / "out")
+        log_evaluation(client, trials[trial], options, result, looks)
+        run = max(runs_of(client, "evaluation"), key=lambda r: int(r.info.start_time))
+        assert run.data.tags["brstnet.earlier_evaluations"] == str(looks.evaluations)
+        client.delete_run(run.info.run_id)
+    assert told == [(0, 0), (1, 1), (0, 0), (2, 1), (3, 2)]
+
+
+def runs_of(client: MlflowClient, kind: str) -> list[Run]:
+    """The runs of a kind that are not deleted."""
+    (experiment,) = client.search_experiments(filter_string="name = 'brstnet'")
+    return list(client.search_runs([experiment.experiment_id], f"tags.`brstnet.kind` = '{kind}'"))
 
 
 # The refit ---------------------------------------------------------------------------------------

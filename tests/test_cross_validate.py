@@ -159,5 +159,5 @@ def test_the_leak_gate_is_passed_again(trained: Path, demo_store: Store, tmp_pat
     genes = pd.read_parquet(leaky / "genes.parquet")
     genes["mean_count"] *= 1.01
     genes.to_parquet(leaky / "genes.parquet")
-    with pytest.raises(LeakError, match="panel: mean counts"):
+    with pytest.raises(LeakError, match=r"panel \(fold 0\): mean counts"):
         cross_validate([leaky], demo_store, tmp_path / "out", device=CPU, progress=False)

@@ -286,6 +286,12 @@ def test_every_file_is_written_and_says_its_protocol(judged: Judged, settings: S
         "scores.parquet",
         "scores.csv",
         "panels.parquet",
+        "leaks.json",
+        "spread.parquet",
+        "calibration.csv",
+        "intervals.parquet",
+        "coverage.parquet",
+        "figures/reliability.png",
         "spots.parquet",
         "subgroups.csv",
         "null.csv",
@@ -697,7 +703,7 @@ def test_gene_groups_that_lack_a_column_are_refused_before_anything_is_predicted
     def never(*args: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr("brstnet.evaluation.cases.predict_mean", never)
+    monkeypatch.setattr("brstnet.evaluation.cases.predict_ensemble", never)
     file = tmp_path / "groups.parquet"
     pd.DataFrame({"symbol": ["A"], "group": ["up"]}).to_parquet(file)
     for groups, error, why in (
@@ -841,4 +847,5 @@ def test_several_sections_are_scored_apart_and_the_median_taken(
     genes = found.scores[found.scores["gene"] != ""]
     assert genes.groupby("section")["n"].first().tolist() == [60, 24, 24, 12]
     figures = {p.name for p in (tmp_path / "out" / "figures").iterdir()}
-    assert figures == {"pcc_histogram.png", *(f"genes_{name}.png" for name in pcc)}
+    drawn = {"pcc_histogram.png", "reliability.png", *(f"genes_{name}.png" for name in pcc)}
+    assert figures == drawn

@@ -91,6 +91,24 @@ def test_a_position_of_other_settings_is_refused(
         train(demo_store, with_training(settings, dropout=0.5), tmp_path)
 
 
+def test_a_run_goes_on_that_began_before_checkpoints_said_their_microns(
+    demo_store: Store, settings: Settings, whole: FitResult, tmp_path: Path
+) -> None:
+    """Versions until 0.4 had no um_per_px in the facts that a run must share."""
+    with pytest.raises(Stop):
+        train(demo_store, settings, tmp_path, on_epoch=stop_after(0))
+    file = tmp_path / "last" / "checkpoint.json"
+    facts = json.loads(file.read_text())
+    assert set(facts["store"]) == {"digest", "prepare", "stain_target", "sections"}
+    del facts["um_per_px"]
+    file.write_text(json.dumps(facts))
+    result = train(demo_store, settings, tmp_path)
+    assert same_bits(result.folder, whole.folder)
+    found = json.loads((result.folder / "checkpoint.json").read_text())["um_per_px"]
+    used = (*facts["fold"]["train"], *facts["fold"]["validation"])
+    assert found == {name: demo_store.sections[name]["um_per_px"] for name in used}
+
+
 def test_momentum_comes_back_in_the_layout_of_its_parameter(
     demo_store: Store, settings: Settings, tmp_path: Path
 ) -> None:

@@ -11,10 +11,11 @@ from typing import Any
 import anndata
 import cv2
 import numpy as np
+import openslide
 import pandas as pd
 import pytest
 from PIL import Image
-from tiled_tiff import write_tiled
+from tiled_tiff import aperio, write_tiled
 from trainings import CPU, train
 
 from brstnet import __main__ as cli
@@ -26,9 +27,14 @@ from brstnet.evaluation.predict import load_ensemble, predict, predict_mean
 from brstnet.training.train import fit
 
 SECTION = "BC90006_C1"
+GENE = "ENSG99900000066"
 UM = 0.69
 HERE = Asked(um_per_px=UM, model_um_per_px=UM)
 
+needs_tifffile = pytest.mark.skipif(
+    importlib.util.find_spec("tifffile") is None,
+    reason="tifffile is not installed (the extra brstnet[ome])",
+)
 needs_spatialdata = pytest.mark.skipif(
     importlib.util.find_spec("spatialdata") is None,
     reason="spatialdata is not installed (the extra brstnet[spatial])",
@@ -92,14 +98,19 @@ def changed_copy(
     for fold in folds:
         for file in (folder / f"fold_{fold}").rglob("checkpoint.json"):
             facts = json.loads(file.read_text())
-            change(facts["store"])
+            change(facts)
             file.write_text(json.dumps(facts))
     return folder
 
 
-def told(message: str) -> Callable[[dict[str, Any]], None]:
+def told(um: float) -> Callable[[dict[str, Any]], None]:
     """A change that sets the microns per pixel."""
-    return lambda store: store.update(um_per_px=message)
+    return lambda facts: facts.update(um_per_px=dict.fromkeys(facts["um_per_px"], um))
+
+
+def silent(facts: dict[str, Any]) -> None:
+    """A change that leaves them out, as older checkpoints did."""
+    del facts["um_per_px"]
 
 
 # The same values ---------------------------------------------------------------------------------
@@ -113,12 +124,27 @@ def test_spots_of_a_store_are_predicted_as_through_the_store(
     ensemble = load_ensemble([trained], CPU)
     expected = predict_mean(ensemble, demo_store, [SECTION], progress=False)
     assert found.var_names.tolist() == ensemble.genes.index.tolist()
-    assert np.abs(found.X - expected).max() < 1e-5
+    assert np.abs(found.X - np.maximum(expected, 0)).max() < 1e-5
     assert expected.std() > 0.1
     kept = demo_store.spots([SECTION])
     assert found.obs_names.tolist() == kept["spot"].tolist()
     assert np.allclose(1 - found.obs["tissue_fraction"], kept["white_fraction"], atol=1e-6)
     assert (found.obs["array_x"].to_numpy() == kept["array_x"].to_numpy()).all()
+
+
+def test_what_is_below_0_is_0_and_counted(
+    trained: Path, slide: Path, demo_store: Store, tmp_path: Path
+) -> None:
+    spots = demo_store.path / SECTION / "spots.h5ad"
+    found = run(trained, slide, tmp_path, dataclasses.replace(HERE, spots=spots))
+    ensemble = load_ensemble([trained], CPU)
+    below = predict_mean(ensemble, demo_store, [SECTION], progress=False) < 0
+    assert 0 < below.mean() < 0.5
+    assert (found.adata.X[below] == 0).all()
+    assert (found.adata.X[~below] > 0).all()
+    assert found.adata.var["clipped"].tolist() == below.sum(axis=0).tolist()
+    (told,) = (w for w in found.warnings if "var clipped" in w)
+    assert told.startswith(f"{below.mean():.1%} of the predictions, in {below.any(axis=0).sum()} ")
 
 
 def test_the_spread_is_that_of_the_members(
@@ -161,18 +187,23 @@ def test_a_finer_slide_is_shrunk_to_the_models_pixels(
     assert fine.uns["brstnet"]["window_px"] == 128
 
 
+@pytest.mark.parametrize("name", ["p.tif", "p.svs"])
 def test_the_level_of_a_pyramid_that_fits_is_read(
-    trained: Path, slide: Path, whole_spots: Path, tmp_path: Path
+    name: str, trained: Path, slide: Path, whole_spots: Path, tmp_path: Path
 ) -> None:
-    """Scale from the file's tags; the second level is the slide itself: the same bits come out."""
+    """Scale from the file; the second level is the slide itself: the same bits come out."""
     image, large = doubled(slide)
     Image.fromarray(image).save(tmp_path / "same.png")
     asked = dataclasses.replace(HERE, spots=whole_spots)
     plain = run(trained, tmp_path / "same.png", tmp_path / "a", asked).adata
-    per_cm = round(10_000 / (UM / 2))
-    write_tiled(tmp_path / "p.tif", [large, image], (per_cm, per_cm))
+    if name == "p.tif":
+        per_cm = round(10_000 / (UM / 2))
+        write_tiled(tmp_path / name, [large, image], (per_cm, per_cm))
+    else:
+        text = aperio([large, image], UM / 2, 40)
+        write_tiled(tmp_path / name, [large, image], description=text)
     asked = Asked(model_um_per_px=UM, spots=twice(whole_spots, tmp_path))
-    found = run(trained, tmp_path / "p.tif", tmp_path / "b", asked).adata
+    found = run(trained, tmp_path / name, tmp_path / "b", asked).adata
     assert (found.X == plain.X).all()
     assert found.uns["brstnet"]["level_zoom"] == 2
     assert found.uns["brstnet"]["um_per_px"] == pytest.approx(UM / 2, rel=1e-4)
@@ -257,10 +288,24 @@ def test_a_slide_of_unknown_scale_is_refused_where_the_models_is_known(
     assert not any("microns" in w for w in found.warnings)
 
 
+def test_a_checkpoint_says_the_microns_of_its_slides(
+    trained: Path, slide: Path, demo_store: Store, tmp_path: Path
+) -> None:
+    members = load_ensemble([trained], CPU).members
+    each = [demo_store.sections[n]["um_per_px"] for m in members for n in m.fold.train]
+    assert len(each) > 4
+    found = run(trained, slide, tmp_path, Asked(um_per_px=2.0))
+    about = found.adata.uns["brstnet"]
+    assert about["model_um_per_px"] == pytest.approx(np.median(each))
+    assert about["model_um_per_px"] == pytest.approx(200 / 72, rel=0.02)  # the demo's array
+    assert about["window_px"] == pytest.approx(64 * np.median(each) / 2)
+
+
 def test_where_no_scale_is_known_the_window_is_the_pitch(
     trained: Path, slide: Path, tmp_path: Path
 ) -> None:
-    found = run(trained, slide, tmp_path, Asked())
+    models = changed_copy(trained, tmp_path / "models", silent)
+    found = run(models, slide, tmp_path / "out", Asked())
     about = found.adata.uns["brstnet"]
     assert (about["pitch_px"], about["window_px"]) == (64, 64)
     assert np.isnan(about["um_per_px"])
@@ -269,11 +314,66 @@ def test_where_no_scale_is_known_the_window_is_the_pitch(
 
 
 def test_impossible_scales_are_refused() -> None:
+    assert Asked(um_per_px=0.05).um_per_px == 0.05
     for asked in ({"um_per_px": 0.0}, {"model_um_per_px": 300.0}, {"pitch_um": -1.0}):
         with pytest.raises(ValueError, match=next(iter(asked))):
             Asked(**asked)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="min_tissue"):
         Asked(min_tissue=1.5)
+
+
+# Intervals ---------------------------------------------------------------------------------------
+
+
+def intervals_of(genes: pd.Index, folder: Path) -> Path:
+    """Half-widths of all genes but the last; the first one's is infinite at 90 %."""
+    rows = [
+        {"gene": g, "level": level, "half_width": level / 3, "patients": 20, "spots": 99}
+        for g in genes[:-1]
+        for level in (0.5, 0.9)
+    ]
+    table = pd.DataFrame(rows)
+    table.loc[(table["gene"] == genes[0]) & (table["level"] == 0.9), "half_width"] = np.inf
+    table.to_parquet(folder / "intervals.parquet")
+    return folder / "intervals.parquet"
+
+
+@pytest.mark.parametrize("level", [0.5, 0.9])
+def test_intervals_stand_beside_predictions(
+    level: float, trained: Path, slide: Path, whole_spots: Path, tmp_path: Path
+) -> None:
+    genes = load_ensemble([trained], CPU).genes.index
+    asked = dataclasses.replace(
+        HERE, spots=whole_spots, intervals=intervals_of(genes, tmp_path), level=level
+    )
+    found = run(trained, slide, tmp_path / "out", asked)
+    adata = anndata.read_h5ad(tmp_path / "out" / "predictions.h5ad")
+    assert np.isnan(adata.layers["upper"][:, -1]).all()
+    assert np.isinf(adata.layers["upper"][:, 0]).all() == (level == 0.9)
+    inner = np.s_[:, 1:-1]
+    lower, upper, x = (a[inner] for a in (adata.layers["lower"], adata.layers["upper"], adata.X))
+    known = x > 0  # elsewhere the prediction itself was cut
+    assert np.allclose(upper[known], x[known] + level / 3, atol=1e-6)
+    assert np.allclose(lower[known], np.maximum(x[known] - level / 3, 0), atol=1e-6)
+    assert (lower >= 0).all()
+    assert (upper[~known] <= level / 3).all()
+    about = adata.uns["brstnet"]
+    assert (about["interval_level"], about["interval_patients"]) == (level, 20)
+    assert f"1 of {len(genes)} genes have no interval in intervals.parquet" in found.warnings
+    assert any("approximate" in w for w in found.warnings)
+    endless = f"interval is infinite for 1 of {len(genes)} genes"
+    assert any(endless in w for w in found.warnings) == (level == 0.9)
+
+
+def test_intervals_of_another_model_are_refused_before_the_slide_is_read(
+    trained: Path, tmp_path: Path
+) -> None:
+    file = intervals_of(pd.Index(["A", "B", "C"]), tmp_path)
+    asked = dataclasses.replace(HERE, intervals=file)
+    with pytest.raises(ValueError, match=r"has none of the model's \d+ genes"):
+        run(trained, tmp_path / "not_there.svs", tmp_path / "out", asked)
+    with pytest.raises(ValueError, match="level must be between 0 and 1"):
+        dataclasses.replace(HERE, level=90)
 
 
 # What is refused, and what is warned of ----------------------------------------------------------
@@ -306,8 +406,8 @@ def test_spots_off_the_slide_are_left_out_and_told(
 def test_models_of_other_patches_are_not_averaged(
     trained: Path, slide: Path, tmp_path: Path
 ) -> None:
-    def other(store: dict[str, Any]) -> None:
-        store["prepare"]["window_px"] = 128
+    def other(facts: dict[str, Any]) -> None:
+        facts["store"]["prepare"]["window_px"] = 128
 
     models = changed_copy(trained, tmp_path / "models", other, folds=[1])
     with pytest.raises(ValueError, match="trained on patches of different windows"):
@@ -317,12 +417,13 @@ def test_models_of_other_patches_are_not_averaged(
 @pytest.mark.parametrize(
     "change",
     [
-        lambda store: store.pop("prepare"),
-        lambda store: store["prepare"].update(window_px=10**9),
-        lambda store: store["prepare"].update(input_px="big"),
-        lambda store: store["stain_target"].update(stain_matrix=[[1, 2], [3, 4]]),
-        lambda store: store.update(stain_target=7),
-        lambda store: store.update(um_per_px={}),
+        lambda facts: facts["store"].pop("prepare"),
+        lambda facts: facts["store"]["prepare"].update(window_px=10**9),
+        lambda facts: facts["store"]["prepare"].update(input_px="big"),
+        lambda facts: facts["store"]["stain_target"].update(stain_matrix=[[1, 2], [3, 4]]),
+        lambda facts: facts["store"].update(stain_target=7),
+        lambda facts: facts.update(um_per_px=7),
+        told("wide"),  # type: ignore[arg-type]
     ],
 )
 def test_a_spoilt_description_of_the_store_is_named(
@@ -331,6 +432,15 @@ def test_a_spoilt_description_of_the_store_is_named(
     models = changed_copy(trained, tmp_path / "models", change)
     with pytest.raises(ValueError, match="damaged, or made by something else"):
         predict_slide([models], slide, tmp_path / "out", Asked(), device=CPU, progress=False)
+
+
+def test_a_file_in_the_place_of_the_folder_is_told_before_anything_is_read(
+    trained: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(FileExistsError, match="out: is a file; --out must name a folder"):
+        run(trained, tmp_path / "not_there.svs", tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"
 
 
 def test_a_foreign_stain_is_told(trained: Path, slide: Path, tmp_path: Path) -> None:
@@ -386,6 +496,30 @@ def test_without_the_extra_nothing_is_begun(
     assert cli.main([str(w) for w in words]) == 2
     assert "brstnet[spatial]" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@needs_tifffile
+def test_a_gene_asked_for_is_an_ome_tiff_too(
+    trained: Path, slide: Path, whole_spots: Path, tmp_path: Path
+) -> None:
+    import tifffile
+
+    image, large = doubled(slide)
+    per_cm = round(10_000 / (UM / 2))
+    write_tiled(tmp_path / "p.tif", [large, image], (per_cm, per_cm))
+    spots = twice(whole_spots, tmp_path)
+    asked = Asked(model_um_per_px=UM, spots=spots, genes=(GENE,), ome_tiff=True)
+    found = run(trained, tmp_path / "p.tif", tmp_path / "out", asked)
+    assert found.files == [f"gene_{GENE}.ome.tif", f"gene_{GENE}.png", "predictions.h5ad"]
+    with tifffile.TiffFile(tmp_path / "out" / f"gene_{GENE}.ome.tif") as tiff:
+        pixels = tifffile.xml2dict(tiff.ome_metadata)["OME"]["Image"]["Pixels"]
+    assert pixels["Channel"]["Name"] == GENE
+    assert (pixels["SizeX"], pixels["SizeY"]) == (image.shape[1], image.shape[0])
+    assert pixels["PhysicalSizeX"] == pytest.approx(UM, rel=1e-4)  # of the level that was read
+    with openslide.OpenSlide(tmp_path / "out" / f"gene_{GENE}.ome.tif") as handle:
+        x, y = (found.adata.obsm["spatial"][0] / 2).astype(int).tolist()
+        painted = np.asarray(handle.read_region((x, y), 0, (1, 1)))[0, 0, :3]
+    assert np.abs(painted - image[y, x].astype(float)).max() > 20
 
 
 @needs_spatialdata

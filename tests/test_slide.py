@@ -7,10 +7,11 @@ from pathlib import Path
 import anndata
 import cv2
 import numpy as np
+import openslide
 import pandas as pd
 import pytest
 from PIL import Image
-from tiled_tiff import TILE, write_tiled
+from tiled_tiff import TILE, aperio, write_tiled
 
 from brstnet.data import stain
 from brstnet.data.patches import corners, cut, white_fraction, white_mask
@@ -63,6 +64,24 @@ def test_a_tiled_tiff_is_read_in_parts(pixels: np.ndarray, tmp_path: Path) -> No
     assert slide.for_scale(0.5).size_px == SIZE
 
 
+def test_an_aperio_slide_says_its_scale_in_its_description(
+    pixels: np.ndarray, tmp_path: Path
+) -> None:
+    """As .svs files do: no resolution tag, levels of the scanner's own factors."""
+    large = pixels.repeat(4, axis=0).repeat(4, axis=1)
+    levels = [large, pixels]
+    path = write_tiled(tmp_path / "a.svs", levels, description=aperio(levels, 0.2523, 40))
+    with openslide.OpenSlide(path) as handle:
+        assert handle.properties["openslide.vendor"] == "aperio"
+        assert handle.properties["openslide.objective-power"] == "40"
+    slide = open_slide(path)
+    assert slide.um_per_px == pytest.approx(0.2523)
+    assert [level.zoom for level in slide.levels] == [1, 4]
+    assert slide.for_scale(0.69 / 0.2523).size_px == slide.full_px  # 2.7: the coarse one is too
+    coarse = slide.for_scale(1.01 / 0.2523)
+    assert (coarse.read(7, 11, 130, 120) == pixels[11:131, 7:137]).all()
+
+
 def test_what_was_not_scanned_is_white() -> None:
     rgba = np.zeros((2, 2, 4), np.uint8)
     rgba[0, 0] = 10, 20, 30, 255
@@ -98,6 +117,37 @@ def test_what_is_no_image_is_refused(name: str, content: bytes, tmp_path: Path) 
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=rf"{name}: not a readable slide"):
         open_slide(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_a_grey_image_is_refused(name: str, kind: type, pixels: np.ndarray, tmp_path: Path) -> None:
+    grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY).astype(kind)
+    Image.fromarray(grey).save(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{name}: is grey .*, and must be in colour"):
+        open_slide(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_16_bits_a_channel_are_read_as_8(name: str, pixels: np.ndarray, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, pixels.shape, np.uint16)
+    cv2.imwrite(str(tmp_path / name), (pixels.astype(np.uint16) * 256 + noise)[..., ::-1])
+    assert (open_slide(tmp_path / name).read(0, 0, *SIZE) == pixels).all()
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_what_is_clear_is_white(name: str, pixels: np.ndarray, tmp_path: Path) -> None:
+    rgba = np.dstack([pixels, np.full(SIZE[::-1], 255, np.uint8)])
+    rgba[:50, :, :] = 0
+    Image.fromarray(rgba).save(tmp_path / name)
+    found = open_slide(tmp_path / name).read(0, 0, *SIZE)
+    assert (found[:50] == 255).all()
+    assert (found[50:] == pixels[50:]).all()
+
+
+def test_a_folder_is_no_slide(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is a folder; name a slide's file"):
+        open_slide(tmp_path)
 
 
 def test_a_missing_slide_is_named(tmp_path: Path) -> None:
@@ -265,9 +315,9 @@ def test_spots_come_from_any_table(kind: str, tmp_path: Path) -> None:
 def test_everything_wrong_with_spots_is_told(tmp_path: Path) -> None:
     file = tmp_path / "spots.csv"
     file.write_text("spot,x,y\na,1,2\nb,,3\na,inf,4\n")
-    with pytest.raises(ValueError, match="'b' has no position") as caught:
+    with pytest.raises(ValueError, match="'b' has no position: x and y are nan and 3") as caught:
         tissue.read_spots(file)
-    assert "spot 'a' has no position" in str(caught.value)
+    assert "spot 'a' has no position: x and y are inf and 4" in str(caught.value)
     assert "duplicate spot id 'a'" in str(caught.value)
     for text, message in (("spot,x,y\n", "no spot"), ("a,b\n1,2\n", "columns pixel_x and pixel_y")):
         file.write_text(text)

@@ -9,6 +9,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_limits
 
 from brstnet.data import stain
 from brstnet.data.stain import Float, StainTarget, UInt8
@@ -84,7 +85,7 @@ def spams_objective(spams: Any, od_N3: Float, matrix: Float) -> float:
 def recolour_standardised(image: UInt8) -> UInt8:
     code_K, rgb_K3, pixels_K = stain.count_colours(image)
     rgb_K3 = stain.standardise_lightness(rgb_K3, pixels_K)
-    return stain._recolour(image, code_K, rgb_K3, np.empty_like(image))
+    return stain.recolour(image, stain.colour_table(code_K, rgb_K3))
 
 
 # Against StainTools and SPAMS, on real tissue
@@ -108,6 +109,31 @@ def test_same_stains_give_the_bytes_of_staintools(
     as_it_is = stain.normalise(source, target, source_matrix=source_matrix, lightness=False)
     np.testing.assert_array_equal(as_it_is, normaliser.transform(source.copy()))
     assert not np.array_equal(as_it_is, expected)
+
+
+@pytest.mark.parametrize("lightness", [True, False])
+def test_a_slide_and_its_colours_alone_give_the_same_bytes(
+    source: UInt8, target: StainTarget, lightness: bool
+) -> None:
+    """Against the steps one after the other, without a table of codes."""
+    pixels_N3 = source.reshape(-1, 3)
+    rgb_K3, inverse_N, pixels_K = np.unique(
+        pixels_N3[:, ::-1], axis=0, return_inverse=True, return_counts=True
+    )
+    rgb_K3 = np.ascontiguousarray(rgb_K3[:, ::-1])  # by blue, then green, then red, as codes are
+    light_K3 = stain.standardise_lightness(rgb_K3, pixels_K) if lightness else rgb_K3
+    od_K3, tissue_K = stain.optical_density(light_K3), stain.tissue_mask(light_K3)
+    with threadpool_limits(limits=1, user_api="blas"):
+        matrix = stain.learn_stain_matrix(od_K3[tissue_K], pixels_K[tissue_K])
+    conc_K2 = stain.sparse_code(od_K3, matrix, stain.CONCENTRATION_PENALTY)
+    maxima = [np.percentile(np.repeat(c, pixels_K), 99) for c in conc_K2.T]
+    conc_K2 = conc_K2 * (target.max_concentrations / maxima)
+    new_K3 = (255 * np.exp(-conc_K2 @ target.stain_matrix)).astype(np.uint8)
+    whole = stain.normalise(source, target, lightness=lightness)
+    np.testing.assert_array_equal(whole.reshape(-1, 3), new_K3[inverse_N.ravel()])
+    alone, stains = stain.normalise_colours(rgb_K3, pixels_K, target, lightness=lightness)
+    np.testing.assert_array_equal(alone, new_K3)
+    np.testing.assert_array_equal(stains, matrix)
 
 
 def test_target_concentrations_are_those_of_staintools() -> None:

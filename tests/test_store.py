@@ -178,6 +178,19 @@ def test_a_scale_that_cannot_be_known_is_null(tmp_path: Path) -> None:
     few = SimpleNamespace(**{**vars(planted), "spots": planted.spots.loc[row]})
     store = make(write_stnet(tmp_path / "raw", {"BC1_A1": few}))
     assert json.loads(json.dumps(store.info(), allow_nan=False))["sections"][0]["um_per_px"] is None
+    assert store.um_per_px(["BC1_A1"]) == {"BC1_A1": None}
+
+
+def test_a_scale_that_is_no_number_is_refused(tiny_store: Store) -> None:
+    names = list(tiny_store.sections)
+    assert all(9 < um < 11 for um in tiny_store.um_per_px(names).values() if um)
+    for wrong in ("wide", -1.0, [0.5], {}):
+        store = Store(tiny_store.path)
+        store.sections[names[0]]["um_per_px"] = wrong
+        with pytest.raises(ValueError, match=r"um_per_px of section '.*' must be a number above 0"):
+            store.um_per_px(names)
+    del store.sections[names[0]]["um_per_px"]  # stores made before
+    assert store.um_per_px(names[:1]) == {names[0]: None}
 
 
 def test_sections_of_patients(tiny_store: Store) -> None:

@@ -6,14 +6,20 @@ from pathlib import Path
 
 import numpy as np
 
-SHORT, LONG, RATIONAL = 3, 4, 5
+ASCII, SHORT, LONG, RATIONAL = 2, 3, 4, 5
 TILE = 64
 
 
 def write_tiled(
-    path: Path, levels: Sequence[np.ndarray], per_cm: tuple[int, int] | None = None
+    path: Path,
+    levels: Sequence[np.ndarray],
+    per_cm: tuple[int, int] | None = None,
+    description: str = "",
 ) -> Path:
-    """Levels, uint8 (H, W, 3), as uncompressed tiles (TIFF 6.0, section 15), largest first."""
+    """Levels, uint8 (H, W, 3), as uncompressed tiles (TIFF 6.0, section 15), largest first.
+
+    The resolution and the description are written to every level.
+    """
     content = bytearray(b"II*\0\0\0\0\0")
     link = 4  # where the place of the next directory is noted
     for number, image in enumerate(levels):
@@ -22,6 +28,7 @@ def write_tiled(
             places.append(len(content))
             content += tile
         entries = _entries(image, places, content, reduced=number > 0, per_cm=per_cm)
+        entries = sorted([*entries, *_described(description, content)], key=_tag)
         struct.pack_into("<I", content, link, len(content))
         content += struct.pack("<H", len(entries)) + b"".join(entries)
         link = len(content)
@@ -38,6 +45,29 @@ def _tiles(image: np.ndarray) -> list[bytes]:
         for y in range(0, height, TILE)
         for x in range(0, width, TILE)
     ]
+
+
+def aperio(levels: Sequence[np.ndarray], um_per_px: float, magnification: int) -> str:
+    """What Aperio's scanners write into a slide's description (.svs)."""
+    height, width, _ = levels[0].shape
+    return (
+        f"Aperio Image Library v11.2.1 \r\n{width}x{height} [0,0 {width}x{height}] "
+        f"({TILE}x{TILE}) RAW|AppMag = {magnification}|MPP = {um_per_px}"
+    )
+
+
+def _described(text: str, content: bytearray) -> list[bytes]:
+    """The entry of a description, if there is one."""
+    if not text:
+        return []
+    entry = struct.pack("<HHII", 270, ASCII, len(text) + 1, len(content))
+    content.extend(text.encode() + b"\0" * (1 + (len(text) + 1) % 2))
+    return [entry]
+
+
+def _tag(entry: bytes) -> int:
+    tag: int = struct.unpack_from("<H", entry)[0]
+    return tag
 
 
 def _entries(

@@ -275,6 +275,11 @@ def um_per_px(spots: pd.DataFrame) -> float:
 
     The pixel positions are fitted as an affine map of the array positions; the square root of its
     determinant is the pitch in pixels (formats.md: about 291 px, so 0.69 um/px).
+
+    On her2st's B4 and C2 to C5 it is 0.6857 to 0.6890, with a standard error of 0.08 % each (spots
+    drawn anew; they lie 17 px beside the fitted array, root mean square). Columns and rows differ
+    by up to 0.9 %, where a slide has one scale: take it as right to 1 %, if the array's nominal
+    pitch is.
     """
     array = np.column_stack([spots[["array_x", "array_y"]].to_numpy(float), np.ones(len(spots))])
     if np.linalg.matrix_rank(array) < 3:

@@ -112,13 +112,44 @@ def normalise(
         out[...] = _transform_with_staintools(image, target, source_matrix, lightness=lightness)
         return out
     code_K, rgb_K3, pixels_K = count_colours(image)
-    with threadpool_limits(limits=1, user_api="blas"):
+    rgb_K3, _ = normalise_colours(rgb_K3, pixels_K, target, source_matrix, lightness=lightness)
+    table = colour_table(code_K, rgb_K3)
+    for rows in _tiles(image):
+        out[rows] = recolour(image[rows], table)
+    return out
+
+
+def normalise_colours(
+    rgb_K3: UInt8,
+    pixels_K: Int,
+    target: StainTarget,
+    source_matrix: Float | None = None,
+    *,
+    lightness: bool = True,
+) -> tuple[UInt8, Float]:
+    """Return what a slide's distinct colours become, (K, 3), and its own stains, (2, 3).
+
+    All that `normalise` needs to know of an image are its colours and how often each is there.
+    """
+    with threadpool_limits(limits=1, user_api="blas"):  # more threads are slower, and vary
         if lightness:
             rgb_K3 = standardise_lightness(rgb_K3, pixels_K)
-        _, conc_K2, maxima = _fit_colours(rgb_K3, pixels_K, source_matrix)
+        matrix, conc_K2, maxima = _fit_colours(rgb_K3, pixels_K, source_matrix)
         conc_K2 *= target.max_concentrations / maxima
-        rgb_K3 = (255 * np.exp(-conc_K2 @ target.stain_matrix)).astype(np.uint8)
-    return _recolour(image, code_K, rgb_K3, out)
+        return (255 * np.exp(-conc_K2 @ target.stain_matrix)).astype(np.uint8), matrix
+
+
+def colour_table(code_K: Int, rgb_K3: UInt8) -> npt.NDArray[np.uint32]:
+    """Return the code of what each colour becomes, (2^24,); colours not in `code_K` become 0."""
+    table = np.zeros(N_CODES, "<u4")
+    table[code_K] = _codes(rgb_K3[None])[0]
+    return table
+
+
+def recolour(image: UInt8, table: npt.NDArray[np.uint32]) -> UInt8:
+    """Return a (H, W, 3) RGB image with each colour replaced as `colour_table` says."""
+    rgba_HW4 = np.take(table, _codes(image))[..., None].view(np.uint8)
+    return np.asarray(cv2.cvtColor(rgba_HW4, cv2.COLOR_RGBA2RGB), np.uint8)
 
 
 def count_colours(image: UInt8) -> tuple[Int, UInt8, Int]:
@@ -249,16 +280,6 @@ def _codes(rgb_HW3: UInt8) -> npt.NDArray[np.uint32]:
     rgba_HW4 = cv2.cvtColor(rgb_HW3, cv2.COLOR_RGB2RGBA)
     rgba_HW4[..., 3] = 0
     return np.asarray(rgba_HW4.view("<u4")[..., 0], np.uint32)
-
-
-def _recolour(image: UInt8, code_K: Int, rgb_K3: UInt8, out: UInt8) -> UInt8:
-    """Write `image` into `out`, which may be `image`, with `rgb_K3` in place of `code_K`."""
-    table = np.zeros(N_CODES, "<u4")
-    table[code_K] = _codes(rgb_K3[None])[0]
-    for rows in _tiles(image):
-        rgba_HW4 = np.take(table, _codes(image[rows]))[..., None].view(np.uint8)
-        out[rows] = cv2.cvtColor(rgba_HW4, cv2.COLOR_RGBA2RGB)
-    return out
 
 
 def _fit_with_staintools(image: UInt8) -> StainTarget:

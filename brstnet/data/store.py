@@ -9,6 +9,7 @@ STORE/derived/<hash>.npy    shrunk patches, features of frozen backbones; may be
 """
 
 import hashlib
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -112,6 +113,24 @@ class Store:
             )
         return [n for n, entry in self.sections.items() if entry["patient"] in wanted]
 
+    def um_per_px(self, sections: Iterable[str]) -> dict[str, float | None]:
+        """Microns that a pixel of each section's slide spans; None where its spots do not say it.
+
+        From the pitch of the array, when the store was made: `brstnet.data.sections.um_per_px` says
+        how, and how wrong it can be.
+
+        Raises:
+            ValueError: the index holds something else.
+        """
+        found = {name: self.sections[name].get("um_per_px") for name in sections}
+        for name, um in found.items():
+            if um is not None and not (isinstance(um, float | int) and 0 < um < math.inf):
+                raise ValueError(
+                    f"{self.path}: um_per_px of section {name!r} must be a number above 0, got "
+                    f"{um!r:.100}: prepare the store again"
+                )
+        return found
+
     def patches(self, section: str, side_px: int | None = None) -> np.ndarray:
         """Patches of a section, uint8 (N, H, W, 3), memory-mapped.
 
@@ -206,11 +225,12 @@ class Store:
     @contextmanager
     def read_once(self) -> Iterator[None]:
         """Within, the counts of a section are read from disk once and kept in memory."""
-        self._at_hand = {}
+        before = self._at_hand
+        self._at_hand = {} if before is None else before
         try:
             yield
         finally:
-            self._at_hand = None
+            self._at_hand = before
 
     def _adata(self, section: str) -> anndata.AnnData:
         if self._at_hand is None:

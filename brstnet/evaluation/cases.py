@@ -17,27 +17,49 @@ import torch
 
 from brstnet.config import plain
 from brstnet.data.store import Store
+from brstnet.evaluation.checks import Check
+from brstnet.evaluation.confidence import Confidence, believe
+from brstnet.evaluation.gate import judge_gate
 from brstnet.evaluation.judging import Judging
-from brstnet.evaluation.predict import Ensemble, find_checkpoints, load_ensemble, predict_mean
+from brstnet.evaluation.predict import (
+    Ensemble,
+    How,
+    find_checkpoints,
+    load_ensemble,
+    predict_ensemble,
+    predict_mean,
+)
 from brstnet.evaluation.yardstick import Yardstick, judged_genes, read_gene_list, standardise
 from brstnet.training.checkpoint import Checkpoint
 from brstnet.training.folds import ALL
-from brstnet.training.leaks import LeakError, leak_gate
+from brstnet.training.leaks import LeakError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is to be judged: predictions (N, G) of these genes on these sections, standardised."""
+    """What is to be judged: predictions (N, G) of these genes on these sections, standardised.
+
+    `checks` are those of the leak gate; `sure` is how far single predictions can be believed, of
+    checkpoints on held-out patients.
+    """
 
     yardstick: Yardstick
     store: Store
     sections: Sequence[str]
     genes: pd.DataFrame
     pred_NG: np.ndarray
+    checks: Sequence[Check] = ()
+    sure: Confidence | None = None
 
 
 def held_out_case(
-    ensemble: Ensemble, store: Store, sections: Sequence[str], options: Judging, *, progress: bool
+    ensemble: Ensemble,
+    store: Store,
+    sections: Sequence[str],
+    options: Judging,
+    *,
+    earlier: int | None,
+    progress: bool,
 ) -> Case:
     """The mean of all models on sections of patients that none of them has seen.
 
@@ -45,8 +67,20 @@ def held_out_case(
         LeakError: a section's patient was in training or validation.
         ValueError: store and models do not fit.
     """
-    check_unseen(ensemble, store, sections)
-    return _case(Yardstick.of(ensemble, store), ensemble, store, sections, options, progress)
+    checks = judge_gate(ensemble, store, sections, earlier=earlier)
+    yardstick = Yardstick.of(ensemble, store)
+    genes = judged_genes(yardstick, store, listed(options))
+    how = How(views=options.views, spread=True, symmetries=options.symmetries)
+    found = predict_ensemble(ensemble, store, sections, how, progress=progress)
+    return Case(
+        yardstick=yardstick,
+        store=store,
+        sections=sections,
+        genes=genes,
+        pred_NG=_of_genes(found.mean_NG, ensemble, genes),
+        checks=checks,
+        sure=believe(ensemble, store, sections, genes, found, how),
+    )
 
 
 def validation_cases(
@@ -76,10 +110,21 @@ def validation_cases(
     for _, same in sorted(paths.items()):
         ensemble = load_ensemble(same, device)
         fold = ensemble.members[0].fold
-        for member in ensemble.members:
-            leak_gate(store, member.fold, member.fitted, member.settings.protocol)
+        checks = judge_gate(ensemble, store, fold.validation, cross_validated=True)
         yardstick = dataclasses.replace(Yardstick.of(ensemble, store), train=tuple(fold.train))
-        cases.append(_case(yardstick, ensemble, store, fold.validation, options, progress))
+        genes = judged_genes(yardstick, store, listed(options))
+        how = How(views=options.views)
+        mean_NG = predict_mean(ensemble, store, fold.validation, how=how, progress=progress)
+        cases.append(
+            Case(
+                yardstick=yardstick,
+                store=store,
+                sections=fold.validation,
+                genes=genes,
+                pred_NG=_of_genes(mean_NG, ensemble, genes),
+                checks=checks,
+            )
+        )
     return cases, everybody
 
 
@@ -107,24 +152,9 @@ def _check_validated(member: Checkpoint, store: Store) -> None:
         )
 
 
-def _case(
-    yardstick: Yardstick,
-    ensemble: Ensemble,
-    store: Store,
-    sections: Sequence[str],
-    options: Judging,
-    progress: bool,  # noqa: FBT001 - as in all that call it
-) -> Case:
-    genes = judged_genes(yardstick, store, listed(options))
-    predicted = predict_mean(ensemble, store, sections, progress=progress)
+def _of_genes(log_units_NG: np.ndarray, ensemble: Ensemble, genes: pd.DataFrame) -> np.ndarray:
     columns = ensemble.genes.index.get_indexer(genes.index)
-    return Case(
-        yardstick=yardstick,
-        store=store,
-        sections=sections,
-        genes=genes,
-        pred_NG=standardise(predicted[:, columns], genes),
-    )
+    return standardise(log_units_NG[:, columns], genes)
 
 
 def listed(options: Judging) -> list[str] | None:

@@ -16,7 +16,7 @@ import torch
 
 from brstnet import __version__
 from brstnet.data.store import Store
-from brstnet.evaluation import belief, plots, report, subgroups, tables
+from brstnet.evaluation import belief, confidence, plots, report, subgroups, tables
 from brstnet.evaluation.cases import (
     Case,
     describe_folds,
@@ -26,8 +26,10 @@ from brstnet.evaluation.cases import (
     validation_cases,
 )
 from brstnet.evaluation.ceiling import SectionCeiling, shallow_sections
+from brstnet.evaluation.checks import Check
 from brstnet.evaluation.controls import Controls, Encoder, Wanted, predict_controls
 from brstnet.evaluation.export import to_anndata
+from brstnet.evaluation.gate import gate_rows
 from brstnet.evaluation.judging import Judging
 from brstnet.evaluation.predict import load_ensemble
 from brstnet.evaluation.scores import METRICS, MODEL, Judged, score_table, spot_table
@@ -72,7 +74,7 @@ class Part:
     beside: Controls
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913 - whom, on what, and what is known of it
     checkpoints: Sequence[Path],
     store: Store,
     patients: Sequence[str],
@@ -81,6 +83,7 @@ def evaluate(
     device: torch.device,
     options: Judging = USUAL,
     progress: bool = True,
+    earlier: int | None = None,
 ) -> Evaluation:
     """Evaluate the mean of these models on these patients and write everything under `out`.
 
@@ -92,6 +95,7 @@ def evaluate(
         device: where to predict.
         options: panels, an encoder as a control, draws.
         progress: draw progress bars.
+        earlier: how many evaluations of these patients are on record; None: there is no record.
 
     Raises:
         LeakError: a patient, or a section by its content, was used in training or validation.
@@ -99,7 +103,8 @@ def evaluate(
     """
     _check_files(options)
     ensemble = load_ensemble(checkpoints, device)
-    case = held_out_case(ensemble, store, store.of_patients(patients), options, progress=progress)
+    sections = store.of_patients(patients)
+    case = held_out_case(ensemble, store, sections, options, earlier=earlier, progress=progress)
     about = describe_models([case], ensemble, f"mean of {len(ensemble.members)} models")
     return judge([case], about, out, options, wanted(options, device, progress=progress))
 
@@ -168,8 +173,14 @@ def judge(
     shutil.rmtree(out / "figures", ignore_errors=True)  # of an earlier evaluation, maybe of others
     panel = result.genes[result.genes["panel"]]
     plots.draw_all(panel, list(annotated.values()), result.protocol["line"], out / "figures")
+    for name in confidence.FILES:  # of an earlier evaluation
+        (out / name).unlink(missing_ok=True)
+    if (sure := cases[0].sure) is not None:
+        confidence.write(sure, out, result.protocol["line"])
+    checks = [check for case in cases for check in case.checks]
+    (out / "leaks.json").write_text(json.dumps(gate_rows(checks), indent=1), encoding="utf-8")
     _write(result, out)
-    _report(result, out)
+    _report(result, checks, out)
     return result
 
 
@@ -226,6 +237,9 @@ def _found(parts: Sequence[Part], about: Mapping[str, Any], options: Judging) ->
         "not_available": _by_fold(parts, lambda part: part.beside.not_available),
     }
     summary["lines"] = belief.describe(summary)
+    if (sure := parts[0].case.sure) is not None:
+        summary["confidence"] = {k: v for k, v in sure.summary.items() if k != "lines"}
+        summary["lines"] += sure.summary["lines"]
     if options.gene_groups is not None:
         groups = tables.read_groups(options.gene_groups)
         summary["groups"] = tables.summarise_groups(table[table["panel"]], groups)
@@ -293,7 +307,7 @@ def strict(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _report(result: Evaluation, out: Path) -> None:
+def _report(result: Evaluation, checks: Sequence[Check], out: Path) -> None:
     """report.html: all of it on a page."""
     blocks = report.report_blocks(
         result.summary,
@@ -303,6 +317,7 @@ def _report(result: Evaluation, out: Path) -> None:
         result.subgroups,
         out / "figures",
     )
+    blocks[1:1] = report.gate_blocks(gate_rows(checks))
     facts = result.protocol
     patients = ", ".join(facts["patients"])
     page = report.page(

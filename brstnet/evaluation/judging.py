@@ -14,6 +14,8 @@ class Judging:
         encoder: a frozen network whose features are given to a ridge, as one more control: a timm
             name, hf-hub:OWNER/NAME or local-dir:FOLDER.
         encoder_weights: `timm` loads what belongs to that name; else a file.
+        views: symmetries of a patch that are averaged: 1 or 8; by default as in training.
+        symmetries: also the spread over the 8 symmetries, which costs 8 passes.
         draws: of each permutation null.
         thinnings: of the counts, for the noise ceiling.
         seed: of all that is drawn.
@@ -23,6 +25,8 @@ class Judging:
     gene_list: Path | None = None
     encoder: str | None = None
     encoder_weights: str | None = "timm"
+    views: int | None = None
+    symmetries: bool = False
     draws: int = 200
     thinnings: int = 10
     seed: int = 0

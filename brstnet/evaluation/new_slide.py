@@ -18,19 +18,18 @@ import torch
 from tqdm import tqdm
 
 from brstnet import __version__
-from brstnet.config import Prepare, plain
-from brstnet.data import guarded, stain
+from brstnet.config import plain
+from brstnet.data import guarded
 from brstnet.data.patches import resize
 from brstnet.data.sections import ARRAY_PITCH_UM
 from brstnet.data.store import sha256
-from brstnet.evaluation import overlay, plots, spatial, tissue
-from brstnet.evaluation.predict import Ensemble, load_ensemble
+from brstnet.evaluation import ome, overlay, plots, spatial, tissue
+from brstnet.evaluation.bands import Bands, read_bands
+from brstnet.evaluation.predict import PLAIN, Ensemble, How, load_ensemble, on_patches, together
+from brstnet.evaluation.scale import Geometry, ModelInput, geometry, model_input
 from brstnet.evaluation.slide import Slide, open_slide, plausible
-from brstnet.training.batches import Units, turn
 from brstnet.training.checkpoint import Checkpoint
 from brstnet.training.epoch import EVAL_BATCH
-from brstnet.training.fitted import target_scale
-from brstnet.training.model import choose_precision, fit_to
 
 LOW_PCC = 0.1
 """Expected correlations below are told as a warning."""
@@ -58,6 +57,9 @@ class Asked:
             training spots had to have.
         genes: ids or symbols to draw; none draws those with the highest expected PCC.
         spatialdata: write slide.zarr too (needs the extra `spatial`).
+        ome_tiff: write each drawn gene's map as an OME-TIFF too (needs the extra `ome`).
+        intervals: file of half-widths that `evaluate` wrote for this model; None: no intervals.
+        level: of the intervals, of those that the file has.
     """
 
     spots: Path | None = None
@@ -67,41 +69,23 @@ class Asked:
     min_tissue: float | None = None
     genes: Sequence[str] = ()
     spatialdata: bool = False
+    ome_tiff: bool = False
+    intervals: Path | None = None
+    level: float = 0.9
 
     def __post_init__(self) -> None:
-        for name in ("um_per_px", "model_um_per_px"):
+        for name, flag in (("um_per_px", "--mpp"), ("model_um_per_px", "--model_mpp")):
             value = getattr(self, name)
             if value is not None and plausible(value) is None:
-                raise ValueError(f"{name} must be microns, from 0.05 to 10 a pixel, got {value}")
+                raise ValueError(
+                    f"{name} ({flag}) must be microns, from 0.05 to 10 a pixel, got {value}"
+                )
         if not 1 <= self.pitch_um <= 10_000:
             raise ValueError(f"pitch_um must be from 1 to 10000 microns, got {self.pitch_um}")
         if self.min_tissue is not None and not 0 < self.min_tissue <= 1:
             raise ValueError(f"min_tissue must be above 0 and at most 1, got {self.min_tissue}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelInput:
-    """What all members were trained on: pixels of the window and of the stored patch, and stain."""
-
-    window_px: int
-    input_px: int
-    target: stain.StainTarget | None
-    lightness: bool
-    um_per_px: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Geometry:
-    """How a slide is cut, in pixels of its full resolution.
-
-    `scale` are its pixels in one of the model's; `um_per_px` is the slide's, None if nobody knows.
-    """
-
-    window_px: float
-    pitch_px: float
-    scale: float
-    um_per_px: float | None
-    warnings: tuple[str, ...] = ()
+        if not 0 < self.level < 1:
+            raise ValueError(f"level must be between 0 and 1, such as 0.9, got {self.level}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -137,21 +121,30 @@ def predict_slide(
     device: torch.device,
     progress: bool = True,
 ) -> Result:
-    """Predict a slide's expression and write predictions.h5ad, a map a gene, and slide.zarr.
+    """Predict a slide's expression and write predictions.h5ad, maps a gene, and slide.zarr.
 
     Raises:
+        FileExistsError: `out` is a file, or holds a slide.zarr that is none.
         FileNotFoundError: the slide, a checkpoint or the file of spots is not there.
-        ImportError: `spatialdata` is asked for and not installed.
-        ValueError: the slide cannot be read, has no tissue or an unknown scale, or a gene, a spot
-            or the checkpoints are not what they must be.
+        ImportError: `spatialdata` or `ome_tiff` is asked for, and what writes it not installed.
+        ValueError: the slide cannot be read, has no tissue or an unknown scale, or a gene, a spot,
+            the intervals or the checkpoints are not what they must be.
     """
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out}: is a file; --out must name a folder")
     if asked.spatialdata:
         spatial.require()
+    if asked.ome_tiff:
+        ome.require()
     ensemble = load_ensemble(checkpoints, device)
-    model, expected = model_input(ensemble, asked.model_um_per_px), expected_pcc(ensemble)
+    model = model_input(ensemble.members, asked.model_um_per_px)
+    expected = expected_pcc(ensemble)
     drawn = genes_to_draw(ensemble.genes["symbol"], expected, asked.genes)
+    bands = None
+    if asked.intervals is not None:
+        bands = read_bands(asked.intervals, asked.level, ensemble.genes.index, ensemble.target)
     slide = open_slide(path)
-    shape = geometry(slide, model, asked)
+    shape = geometry(slide, model, asked.pitch_um, asked.um_per_px)
     slide = slide.for_scale(shape.scale)
     spots, notes = choose_spots(slide, shape, asked.spots)
     found = tissue.survey(slide)
@@ -165,97 +158,13 @@ def predict_slide(
         *notes,
         *colour_warnings(look, predicted, model, ensemble),
         *gene_warnings(expected, drawn, ensemble),
+        *value_warnings(predicted, bands),
     ]
-    about = describe(ensemble, slide, shape, model, look, warnings)
-    adata = to_anndata(predicted, ensemble, expected, about, found, slide, shape)
-    files = write(out, adata, drawn, slide, found, shape, spatialdata=asked.spatialdata)
+    about = describe(ensemble, slide, shape, model, look, warnings) | about_values(bands)
+    pictured = picture(found, slide, shape)
+    adata = to_anndata(predicted, ensemble, expected, about, pictured, bands)
+    files = write(out, adata, drawn, slide, found, shape, asked)
     return Result(adata=adata, folder=out, files=files, warnings=warnings)
-
-
-def model_input(ensemble: Ensemble, um_per_px: float | None = None) -> ModelInput:
-    """What the members' stores were prepared like; `um_per_px` goes over what they say.
-
-    Raises:
-        ValueError: the members were trained on patches of different kinds.
-    """
-    kinds = [_input_of(member, um_per_px) for member in ensemble.members]
-    for member, kind in zip(ensemble.members[1:], kinds[1:], strict=True):
-        if _comparable(kind) != _comparable(kinds[0]):
-            raise ValueError(
-                f"{member.path} and {ensemble.members[0].path} were trained on patches of "
-                "different windows, sizes or stains: predict with each of them apart"
-            )
-    return kinds[0]
-
-
-def _input_of(member: Checkpoint, um_per_px: float | None) -> ModelInput:
-    keys = ("window_px", "input_px", "luminosity")  # what is missing has its default
-    try:
-        store = member.facts["store"]
-        prepared = Prepare(**{k: store["prepare"][k] for k in keys if k in store["prepare"]})
-        fields = store["stain_target"]
-        target = None if fields is None else stain.StainTarget.from_json(fields)
-        known = um_per_px if um_per_px is not None else store.get("um_per_px")
-        um = None if known is None else plausible(float(known))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"{member.path}: damaged, or made by something else: its store is not described: "
-            f"{type(error).__name__} {error}"
-        ) from error
-    return ModelInput(
-        window_px=prepared.window_px,
-        input_px=prepared.input_px,
-        target=target,
-        lightness=prepared.luminosity == "both",
-        um_per_px=um,
-    )
-
-
-def _comparable(kind: ModelInput) -> tuple[Any, ...]:
-    target = None if kind.target is None else json.dumps(kind.target.to_json())
-    return (kind.window_px, kind.input_px, target, kind.lightness)
-
-
-def geometry(slide: Slide, model: ModelInput, asked: Asked) -> Geometry:
-    """Window and pitch on this slide, so that a model's pixel spans the microns it was trained on.
-
-    Where the model does not say its own microns per pixel, its window is taken in the slide's
-    pixels; where the slide's are not known either, the grid's pitch is one window.
-
-    Raises:
-        ValueError: the model's microns per pixel are known, and the slide's are not.
-    """
-    um = asked.um_per_px or slide.um_per_px
-    if model.um_per_px is not None and um is None:
-        raise ValueError(
-            f"{slide.path}: does not say its microns per pixel, and the model was trained at "
-            f"{model.um_per_px:.3f}: give --mpp, such as 0.5 for a 20x scan, 0.25 for 40x"
-        )
-    notes = []
-    if um is not None and slide.um_per_px and abs(um / slide.um_per_px - 1) > 0.02:
-        notes.append(
-            f"the file says {slide.um_per_px:.4f} um a pixel; --mpp {um} was taken instead"
-        )
-    scale = 1.0
-    if model.um_per_px is not None and um is not None:
-        scale = model.um_per_px / um
-    else:
-        notes.append(
-            "the model does not say the microns per pixel of its training slides (--model_mpp "
-            f"would): its window of {model.window_px} px was taken in this slide's pixels"
-        )
-    window_px = model.window_px * scale
-    pitch_px = window_px if um is None else asked.pitch_um / um
-    if um is None:
-        notes.append("the slide's microns per pixel are unknown (--mpp): the pitch is one window")
-    if scale < 0.9:
-        notes.append(
-            f"the slide's pixels are {1 / scale:.2f} times as large as those the model was trained "
-            "on: its patches are enlarged and lack detail that the model knows"
-        )
-    return Geometry(
-        window_px=window_px, pitch_px=pitch_px, scale=scale, um_per_px=um, warnings=tuple(notes)
-    )
 
 
 def choose_spots(
@@ -297,29 +206,17 @@ def least_tissue(asked: Asked, ensemble: Ensemble) -> float:
     return 1 - ensemble.members[0].settings.protocol.max_white_fraction
 
 
-def predictor(member: Checkpoint, genes: pd.Index) -> Predictor:
-    """One model as a function of patches, as `brstnet.evaluation.predict.predict` has it."""
+def predictor(member: Checkpoint, genes: pd.Index, how: How = PLAIN) -> Predictor:
+    """One model as a function of patches as they were cut."""
     device = next(member.model.parameters()).device
-    training = member.settings.training
-    units = Units.of(member.fitted, training, device)
-    precision = choose_precision(training, device)
-    fit_to(member.model, device, precision)
-    shift, scale = target_scale(member.fitted, training.aux_target)
-    columns = member.fitted.genes.index.get_indexer(genes)
+    side_px = member.settings.training.input_px
+    see = on_patches(member, genes, how)
 
-    @torch.inference_mode()
     def predict(patches: np.ndarray) -> np.ndarray:
-        if training.input_px not in (None, patches.shape[1]):
-            patches = resize(patches, len(patches), training.input_px)
-        x_BHWC = torch.from_numpy(patches).to(device)
-        preds = []
-        for view in range(training.views):
-            symmetry_B = torch.full((len(patches),), view, device=device)
-            x_BCHW = units.image(turn(x_BHWC, symmetry_B))
-            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                preds.append(units.whole(member.model(x_BCHW)))
-        pred_BG: np.ndarray = torch.stack(preds).mean(0).float().cpu().numpy()
-        return (pred_BG * scale + shift)[:, columns]
+        if side_px not in (None, patches.shape[1]):
+            patches = resize(patches, len(patches), side_px)
+        pred_BG, _ = see(torch.from_numpy(patches).to(device))
+        return pred_BG
 
     return predict
 
@@ -333,6 +230,7 @@ def predict_spots(  # noqa: PLR0913 - what is predicted, where, and how it is cu
     input_px: int,
     least: float,
     *,
+    how: How = PLAIN,
     progress: bool = True,
 ) -> Predicted:
     """Predict all genes at the spots that have enough tissue; a batch of patches is held at a time.
@@ -340,17 +238,17 @@ def predict_spots(  # noqa: PLR0913 - what is predicted, where, and how it is cu
     Raises:
         ValueError: no spot has.
     """
-    members = [predictor(member, ensemble.genes.index) for member in ensemble.members]
+    members = [predictor(member, ensemble.genes.index, how) for member in ensemble.members]
     rows, shares, means, spreads, colours = [], [], [], [], []
     cuts = tissue.cut_patches(slide, look, spots, shape.window_px, input_px, least)
     with tqdm(total=len(spots), desc="predicting", unit=" spots", disable=not progress) as bar:
         for batch in tissue.batches(cuts, EVAL_BATCH):
-            pred_MBG = np.stack([member(batch.x_BHWC) for member in members])
+            seen = together([(member(batch.x_BHWC), None) for member in members], spread=True)
             rows.append(batch.rows_B)
             shares.append(batch.tissue_B)
-            means.append(pred_MBG.mean(axis=0))
-            if len(members) > 1:
-                spreads.append(pred_MBG.std(axis=0, ddof=1))
+            means.append(seen.mean_NG)
+            if seen.member_spread_NG is not None:
+                spreads.append(seen.member_spread_NG)
             colours.append(batch.x_BHWC.reshape(len(batch.x_BHWC), -1, 3).mean(axis=1) / 255)
             bar.update(int(batch.rows_B[-1]) + 1 - bar.n)
         bar.update(len(spots) - bar.n)
@@ -442,7 +340,7 @@ def colour_warnings(
             notes.append(
                 "stain far from training: haematoxylin and eosin are "
                 f"{angles[0]:.1f} and {angles[1]:.1f} degrees from the target's (at most "
-                f"{FAR_STAIN_DEG:.0f} is usual)"
+                f"{FAR_STAIN_DEG:.0f} is usual): another stain or scanner, or pen marks"
             )
         if model.target.method == "staintools":
             notes.append(
@@ -457,6 +355,19 @@ def colour_warnings(
         notes.append(
             f"colours far from training: the patches' mean is {off:.1f} standard deviations of the "
             "training pixels off"
+        )
+    return notes
+
+
+def value_warnings(predicted: Predicted, bands: Bands | None) -> list[str]:
+    """What is to be said of predictions that cannot be, and of their intervals."""
+    below_NG = predicted.mean_NG < 0
+    notes = [] if bands is None else list(bands.warnings)
+    if below_NG.any():
+        notes.append(
+            f"{below_NG.mean():.1%} of the predictions, in {int(below_NG.any(axis=0).sum())} of "
+            f"{below_NG.shape[1]} genes, were below 0, where log(1 + count) never is: they are 0 "
+            "(var clipped says how many of each gene)"
         )
     return notes
 
@@ -511,8 +422,30 @@ def describe(
     }
 
 
+def about_values(bands: Bands | None) -> dict[str, Any]:
+    """What goes into `uns` on the values themselves: how they were cut, and their intervals."""
+    about: dict[str, Any] = {"clipped": "predictions below 0 are 0; var clipped counts their spots"}
+    if bands is not None:
+        about |= {
+            "intervals": bands.source,
+            "interval_level": bands.level,
+            "interval_patients": bands.patients,
+        }
+    return about
+
+
 def _number(value: float | None) -> float:
     return float("nan") if value is None else value
+
+
+def picture(found: tissue.Survey, slide: Slide, shape: Geometry) -> dict[str, Any]:
+    """The slide's thumbnail and its scales, as squidpy and scanpy look for them in `uns`."""
+    scales = {
+        "tissue_hires_scalef": 1 / (found.factor * slide.zoom),
+        "spot_diameter_fullres": shape.pitch_px / 2,
+    }
+    images = {"hires": found.thumbnail_HW3}
+    return {slide.path.stem: {"images": images, "scalefactors": scales}}
 
 
 def to_anndata(
@@ -520,29 +453,31 @@ def to_anndata(
     ensemble: Ensemble,
     expected: pd.Series,
     about: dict[str, Any],
-    found: tissue.Survey,
-    slide: Slide,
-    shape: Geometry,
+    pictured: dict[str, Any],
+    bands: Bands | None = None,
 ) -> anndata.AnnData:
     """Predictions as X in log units, spots in `obs`, genes in `var`, the rest in `uns`.
 
-    `uns["brstnet"]` is what `describe` gave; `uns["spatial"]` the slide's thumbnail and scales,
-    where squidpy and scanpy look for them.
+    X is never below 0, as log(1 + count) never is: a linear head knows nothing of that, and who
+    takes X back to counts must not get negative ones (MAGIC's authors advise the same of theirs).
+    `var["clipped"]` counts the spots of a gene that were. Scores are of predictions as they come.
+
+    `uns["brstnet"]` is what `describe` gave; `uns["spatial"]` what `picture` gave.
     """
-    library = slide.path.stem
     layers = {} if predicted.spread_NG is None else {"member_spread": predicted.spread_NG}
-    scales = {
-        "tissue_hires_scalef": 1 / (found.factor * slide.zoom),
-        "spot_diameter_fullres": shape.pitch_px / 2,
-    }
-    picture = {"images": {"hires": found.thumbnail_HW3}, "scalefactors": scales}
+    layers |= {} if bands is None else bands.around(predicted.mean_NG)
+    genes = ensemble.genes[["symbol", "panel", "mean", "std"]]
     return anndata.AnnData(
-        X=predicted.mean_NG.astype(np.float32),
+        X=np.maximum(predicted.mean_NG, 0).astype(np.float32),
         layers={name: values.astype(np.float32) for name, values in layers.items()},
         obs=predicted.spots,
-        var=ensemble.genes[["symbol", "panel", "mean", "std"]].assign(expected_pcc=expected),
+        var=genes.assign(
+            expected_pcc=expected,
+            clipped=(predicted.mean_NG < 0).sum(axis=0),
+            **({} if bands is None else {"half_width": bands.half_width_G}),
+        ),
         obsm={"spatial": predicted.spots[["pixel_x", "pixel_y"]].to_numpy(float)},
-        uns={"brstnet": about, "spatial": {library: picture}},
+        uns={"brstnet": about, "spatial": pictured},
     )
 
 
@@ -553,8 +488,7 @@ def write(
     slide: Slide,
     found: tissue.Survey,
     shape: Geometry,
-    *,
-    spatialdata: bool,
+    asked: Asked,
 ) -> list[str]:
     """Write all files, each whole or not at all, and return their names."""
     out.mkdir(parents=True, exist_ok=True)
@@ -563,7 +497,10 @@ def write(
         for gene in drawn:
             info = overlay.overlay_info(adata, gene, found, slide, shape.um_per_px)
             plots.save(overlay.plot_overlay(info), Path(scratch) / overlay.file_name(adata, gene))
-        if spatialdata:
+            if asked.ome_tiff:
+                file = Path(scratch) / overlay.file_name(adata, gene, ".ome.tif")
+                ome.write(file, info, slide, found.factor, shape.um_per_px)
+        if asked.spatialdata:
             spatial.write(Path(scratch) / "slide.zarr", adata, slide, shape.pitch_px / 4)
         names = sorted(p.name for p in Path(scratch).iterdir())
         for name in names:

@@ -32,6 +32,7 @@ class Overlay:
     limits: tuple[float, float]
     bar: float
     bar_um: float | None
+    symbol: str
     title: str
     label: str
 
@@ -60,6 +61,7 @@ def overlay_info(
         limits=(low, high if high > low else low + 1e-6),
         bar=bar,
         bar_um=bar_um,
+        symbol=str(symbol),
         title=f"{name}, predicted; expected PCC {expected}\n{heading}",
         label=str(about["units"]),
     )
@@ -105,10 +107,10 @@ def _scale_bar(axes: object, length: float, um: float, width: int, height: int) 
     axes.text(left + length / 2, y - 0.012 * height, text, ha="center", va="bottom", fontsize=9)  # type: ignore[attr-defined]
 
 
-def file_name(adata: anndata.AnnData, gene: str) -> str:
-    """Where a gene's map goes: by its symbol, or by its id where that is no name for a file."""
+def file_name(adata: anndata.AnnData, gene: str, ending: str = ".png") -> str:
+    """What a gene's map is called: by its symbol, or by its id where that is no file's name."""
     symbol = str(adata.var["symbol"][gene])
     unique = (adata.var["symbol"] == symbol).sum() == 1
     name = symbol if unique and plain_name(symbol) else gene
     safe = name if plain_name(name) else f"number_{adata.var_names.get_loc(gene)}"
-    return PurePath(f"gene_{safe}.png").name
+    return PurePath(f"gene_{safe}{ending}").name

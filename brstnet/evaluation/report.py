@@ -168,6 +168,12 @@ def report_blocks(
             table=gene_rows(panel.head(GENES_SHOWN)),
         ),
         Block(
+            title="Spread as uncertainty",
+            note="Errors against the spread of the models: on the line the spread would be the "
+            "error. What intervals hold is in coverage.parquet.",
+            figures=[p for p in [figures / "reliability.png"] if p.is_file()],
+        ),
+        Block(
             title="Maps",
             note="Measured above, predicted below, each with its own colour range." + left,
             figures=maps[:MAPS_SHOWN],
@@ -178,6 +184,23 @@ def report_blocks(
             folded=True,
         ),
     ]  # fmt: skip
+
+
+def gate_blocks(rows: Sequence[Mapping[str, str]]) -> list[Block]:
+    """The leak gate's report; none where nothing could be checked, as of somebody's predictions."""
+    if not rows:
+        return []
+    table = pd.DataFrame(rows)[["state", "name", "of", "why"]]
+    counts = table["state"].value_counts()
+    return [
+        Block(
+            title="Leak gate",
+            note="Before anything was judged, from the raw counts and patches: "
+            + ", ".join(f"{n} {state}" for state, n in counts.items()),
+            table=table[table["state"] != "passed"].rename(columns={"name": "check"}),
+        ),
+        Block(title="Leak gate: every check", table=table, folded=True),
+    ]
 
 
 def side_table(predictors: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:

@@ -2,6 +2,9 @@
 
 A plain image (JPEG, PNG, BMP, a TIFF without tiles) is held in memory; what OpenSlide reads (SVS,
 NDPI, MRXS, tiled TIFF and others) never is. Coordinates of spots are pixels of the full resolution.
+
+Tiled TIFFs are tested, plain and as Aperio's .svs with its scale in the description. NDPI, MRXS and
+the rest are not, as only their scanners write them: what is said of them is OpenSlide's word.
 """
 
 import math
@@ -13,7 +16,7 @@ import numpy as np
 import openslide
 from PIL import Image, UnidentifiedImageError
 
-from brstnet.data.patches import PLAIN, open_image, read_slide, slide_size
+from brstnet.data.patches import PLAIN, open_image, slide_size
 
 HELD_BYTES = 4 << 30
 """Most bytes of pixels of a plain image: 37,000 px square."""
@@ -26,6 +29,9 @@ STRIP_PX = 1 << 24
 
 PLAUSIBLE_UM_PER_PX = (0.05, 10.0)
 """A resolution tag outside is a printer's (72 dpi is 353 um) and not a microscope's."""
+
+GREY = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
+"""Pillow's modes without colour."""
 
 Read = Callable[[int, int, int, int], np.ndarray]
 """Left, top, width, height in pixels of the level that is read: uint8 (height, width, 3) RGB."""
@@ -80,6 +86,8 @@ def open_slide(path: Path) -> Slide:
         FileNotFoundError: there is none.
         ValueError: it is no image, is damaged, or claims more pixels than can be.
     """
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; name a slide's file (of MIRAX the .mrxs beside it)")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such slide")
     if path.suffix.lower() in PLAIN:
@@ -94,8 +102,8 @@ def open_slide(path: Path) -> Slide:
 
 def _unreadable(error: Exception) -> str:
     return (
-        f"not a readable slide ({error or type(error).__name__}); it must be a JPEG, PNG, BMP or "
-        "TIFF, or of a format that OpenSlide reads"
+        f"not a readable slide ({error or type(error).__name__}); it must be whole, and a JPEG, "
+        "PNG, BMP or TIFF, or of a format that OpenSlide reads"
     )
 
 
@@ -105,9 +113,15 @@ def _header(path: Path) -> tuple[int, int, float | None]:
         slide_size(path)  # a JPEG that is cut off
     try:
         with open_image(path) as image:
-            return *image.size, plausible(_um_of_dpi(image))
+            size, mode, um = image.size, image.mode, plausible(_um_of_dpi(image))
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, TypeError) as error:
         raise ValueError(f"{path}: {_unreadable(error)}") from error
+    if mode in GREY:
+        raise ValueError(
+            f"{path}: is grey (Pillow calls it {mode}), and must be in colour, by which "
+            "haematoxylin and eosin are told apart"
+        )
+    return *size, um
 
 
 def _um_of_dpi(image: Image.Image) -> float | None:
@@ -140,13 +154,16 @@ def _held(path: Path, header: tuple[int, int, float | None]) -> Slide:
 
 
 def _decoded(path: Path) -> np.ndarray:
-    if path.suffix.lower() in PLAIN:
-        return read_slide(path)
+    """RGB of a plain image as stored; white where it is clear, the upper 8 of 16 bits a channel."""
     try:
         with open_image(path) as image:
-            return np.array(image.convert("RGB"))
+            if image.has_transparency_data:
+                return on_white(np.array(image.convert("RGBA")))
+            return np.array(image if image.mode == "RGB" else image.convert("RGB"))
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path}: {_unreadable(error)}") from error
+        raise ValueError(
+            f"{path}: the slide cannot be decoded ({error}); fetch the file again"
+        ) from error
 
 
 def _in_parts(path: Path) -> Slide:

@@ -14,7 +14,6 @@ import anndata
 import cv2
 import numpy as np
 import pandas as pd
-from threadpoolctl import threadpool_limits
 
 from brstnet.data import guarded, stain
 from brstnet.data.patches import corners, crosses_border, resize
@@ -132,9 +131,12 @@ def fit_look(
     table = matrix = None
     if target is not None:
         try:
-            table, matrix = colour_table(found, target, lightness=lightness)
+            rgb_K3, matrix = stain.normalise_colours(
+                found.rgb_K3, found.pixels_K, target, lightness=lightness
+            )
         except ValueError as error:
             raise ValueError(f"{slide.path}: the stain cannot be normalised: {error}") from error
+        table = stain.colour_table(found.code_K, rgb_K3)
     histogram = np.zeros(256)
     for inner, strip in slide.strips(margin=BLUR_PX):
         gray = blurred_gray(recolour(strip, table))[inner]
@@ -142,45 +144,9 @@ def fit_look(
     return Look(table=table, stain_matrix=matrix, white=otsu(histogram))
 
 
-def colour_table(
-    found: Survey, target: stain.StainTarget, *, lightness: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """What each colour becomes, uint32 (2^24,), and the slide's own stains: `stain.normalise`."""
-    rgb_K3, pixels_K = found.rgb_K3, found.pixels_K
-    with threadpool_limits(limits=1, user_api="blas"):  # more threads are slower, and vary
-        if lightness:
-            rgb_K3 = stain.standardise_lightness(rgb_K3, pixels_K)
-        od_K3, tissue_K = stain.optical_density(rgb_K3), stain.tissue_mask(rgb_K3)
-        matrix = stain.learn_stain_matrix(od_K3[tissue_K], pixels_K[tissue_K])
-        conc_K2 = stain.sparse_code(od_K3, matrix, stain.CONCENTRATION_PENALTY)
-        maxima = [
-            stain.weighted_percentile(conc_K, pixels_K, stain.STAIN_PERCENTILE)
-            for conc_K in conc_K2.T
-        ]
-        if not min(maxima) > 0:
-            raise ValueError(stain.TOO_LITTLE_STAIN.format(maxima=maxima))
-        conc_K2 *= target.max_concentrations / maxima
-        new_K3 = (255 * np.exp(-conc_K2 @ target.stain_matrix)).astype(np.uint8)
-    table = np.zeros(stain.N_CODES, "<u4")
-    table[found.code_K] = _codes(new_K3[None])[0]
-    return table, matrix
-
-
-def _codes(rgb_HW3: np.ndarray) -> np.ndarray:
-    """Numbers R + 256 G + 65536 B, (H, W)."""
-    rgba_HW4 = cv2.cvtColor(rgb_HW3, cv2.COLOR_RGB2RGBA)
-    rgba_HW4[..., 3] = 0
-    codes: np.ndarray = rgba_HW4.view("<u4")[..., 0]
-    return codes
-
-
 def recolour(image: np.ndarray, table: np.ndarray | None) -> np.ndarray:
-    """A part of a slide with each colour replaced."""
-    if table is None:
-        return image
-    rgba_HW4 = np.take(table, _codes(image))[..., None].view(np.uint8)
-    recoloured: np.ndarray = cv2.cvtColor(rgba_HW4, cv2.COLOR_RGBA2RGB)
-    return recoloured
+    """A part of a slide with each colour replaced, if there is a table."""
+    return image if table is None else stain.recolour(image, table)
 
 
 def blurred_gray(image: np.ndarray) -> np.ndarray:
@@ -238,14 +204,18 @@ def read_spots(path: Path) -> pd.DataFrame:
     names = next((n for n in (("pixel_x", "pixel_y"), ("x", "y")) if set(n) <= set(table)), None)
     if names is None:
         found = ", ".join(map(str, list(table.columns)[:20]))
-        raise ValueError(f"{path}: needs the columns pixel_x and pixel_y, or x and y; has {found}")
+        raise ValueError(
+            f"{path}: needs the columns pixel_x and pixel_y, or x and y, in pixels of the slide; "
+            f"has {found} (.csv is split at commas, .tsv at tabs)"
+        )
     if "spot" in table:
         table = table.set_index("spot")
     xy_N2 = np.column_stack([pd.to_numeric(table[n], errors="coerce") for n in names]).astype(float)
     table.index = table.index.astype(str)
+    lost = table.loc[~np.isfinite(xy_N2).all(axis=1), list(names)]
     faults = [
-        f"spot {spot!r} has no position"
-        for spot in table.index[~np.isfinite(xy_N2).all(axis=1)][:5]
+        f"spot {spot!r} has no position: {' and '.join(names)} are {x!r:.40} and {y!r:.40}"
+        for spot, x, y in lost[:5].itertuples()
     ]
     faults += [f"duplicate spot id {s!r}" for s in table.index[table.index.duplicated()][:5]]
     if table.empty:

@@ -58,7 +58,11 @@ class Checkpoint:
 def describe(
     settings: Settings, fold: Fold, fitted: Fitted, store: Store, leak_report: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What a checkpoint says of its origin; the same in every epoch of a run."""
+    """What a checkpoint says of its origin; the same in every epoch of a run.
+
+    The microns per pixel stand beside `store`, not in it: a run that goes on must have been made
+    from the same `store`, and older checkpoints do not say them.
+    """
     used = (*fold.train, *fold.validation)
     return {
         "format": FORMAT,
@@ -79,6 +83,7 @@ def describe(
             "stain_target": store.index["stain_target"],
             "sections": {name: store.sections[name]["files"]["patches.npy"] for name in used},
         },
+        "um_per_px": store.um_per_px(used),
         "leak_report": dict(leak_report),
     }
 

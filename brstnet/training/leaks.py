@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import pandas as pd
+from scipy import sparse
 
 from brstnet.config import Protocol
 from brstnet.data.store import Store
@@ -25,12 +27,12 @@ def leak_gate(store: Store, fold: Fold, fitted: Fitted, protocol: Protocol) -> d
         LeakError: a check fails; the message holds every failure.
     """
     checks = {
-        "groups": _check_groups(store, fold, protocol),
-        "held_out": _check_held_out(store, fold, protocol),
-        "statistics": _check_statistics(fold, fitted),
-        "panel": _check_panel(store, fold, fitted, protocol),
-        "targets": _check_targets(store, fold, fitted, protocol),
-        "stain_target": _check_stain_target(store, fold, protocol),
+        "groups": check_groups(store, fold, protocol),
+        "held_out": check_held_out(store, fold, protocol),
+        "statistics": check_statistics(fold, fitted),
+        "panel": check_panel(store, fold, fitted, protocol),
+        "targets": check_targets(store, fold, fitted, protocol),
+        "stain_target": check_stain_target(store, fold, protocol),
     }
     failures = [f"{name}: {check['why']}" for name, check in checks.items() if not check["ok"]]
     if failures:
@@ -57,7 +59,8 @@ def _failed(why: str) -> dict[str, Any]:
     return {"ok": False, "why": why}
 
 
-def _check_groups(store: Store, fold: Fold, protocol: Protocol) -> dict[str, Any]:
+def check_groups(store: Store, fold: Fold, protocol: Protocol) -> dict[str, Any]:
+    """No patient, or section, trains and validates."""
     train = _named(store, fold.train, protocol.group)
     if fold.number == ALL and fold.train and not fold.validation:
         return _passed("all train and nobody validates: no score is taken from it")
@@ -73,24 +76,27 @@ def _check_groups(store: Store, fold: Fold, protocol: Protocol) -> dict[str, Any
     return _passed("no patient on both sides")
 
 
-def _check_held_out(store: Store, fold: Fold, protocol: Protocol) -> dict[str, Any]:
+def check_held_out(store: Store, fold: Fold, protocol: Protocol) -> dict[str, Any]:
+    """No held-out patient trains or validates."""
     seen = _named(store, (*fold.train, *fold.validation), "patient") & set(protocol.held_out)
     why = f"patients {sorted(seen)} are held out and in the fold" if seen else "none is in the fold"
     return _failed(why) if seen else _passed(why)
 
 
-def _check_statistics(fold: Fold, fitted: Fitted) -> dict[str, Any]:
+def check_statistics(fold: Fold, fitted: Fitted) -> dict[str, Any]:
+    """Statistics say that they are of training sections alone."""
     why = f"fitted on {', '.join(fitted.sections)} ({fitted.spots} spots)"
     return _passed(why) if set(fitted.sections) <= set(fold.train) else _failed(why)
 
 
-def _check_panel(store: Store, fold: Fold, fitted: Fitted, protocol: Protocol) -> dict[str, Any]:
+def check_panel(store: Store, fold: Fold, fitted: Fitted, protocol: Protocol) -> dict[str, Any]:
     """Which genes are in the panel, and their means, from the raw training counts alone."""
-    counts = store.counts(fold.train)[training_rows(store.spots(fold.train), protocol)]
+    counts = _training_counts(store, fold, protocol)
     panel = fitted.genes[fitted.genes["panel"]]
-    expected = store.genes.index[ranked_genes(counts, protocol)[: protocol.panel_size]]
-    if list(panel.index) != list(expected):
-        other = sorted(set(panel.index) - set(expected))[:3]
+    passing = ranked_genes(counts, protocol)
+    expected = passing[: protocol.panel_size]
+    if not _ranked_alike(store, counts, panel, passing) or len(panel) != len(expected):
+        other = sorted(set(panel.index) - set(store.genes.index[expected]))[:3]
         return _failed(f"the panel is not the training spots' top {len(expected)} genes: {other}")
     mean = column_mean(counts[:, store.genes.index.get_indexer(panel.index)])
     if not np.allclose(mean, panel["mean_count"], rtol=1e-9):
@@ -98,7 +104,49 @@ def _check_panel(store: Store, fold: Fold, fitted: Fitted, protocol: Protocol) -
     return _passed(f"the {len(panel)} genes and their mean counts are those of the training spots")
 
 
-def _check_targets(store: Store, fold: Fold, fitted: Fitted, protocol: Protocol) -> dict[str, Any]:
+def check_filters(store: Store, fold: Fold, fitted: Fitted, protocol: Protocol) -> dict[str, Any]:
+    """Which spots trained, and which genes are predicted: all that pass, or the first of them."""
+    counts = _training_counts(store, fold, protocol)
+    spots, genes = counts.shape[0], len(fitted.genes)
+    if fitted.spots != spots:
+        return _failed(
+            f"fitted on {fitted.spots} spots, but {spots} of the training sections' are no whiter "
+            f"than {protocol.max_white_fraction}"
+        )
+    passing = ranked_genes(counts, protocol)
+    expected = passing if fitted.aux_genes else passing[:genes]
+    if not _ranked_alike(store, counts, fitted.genes, passing) or genes != len(expected):
+        other = sorted(set(fitted.genes.index) - set(store.genes.index[expected]))[:3]
+        return _failed(
+            f"the {genes} genes are not the first {len(expected)} that pass the filter on the "
+            f"training spots: {other}"
+        )
+    return _passed(
+        f"{spots} training spots pass the white filter, and the {genes} genes that are predicted "
+        f"are in at least {protocol.min_gene_fraction:.0%} of them"
+    )
+
+
+def _training_counts(store: Store, fold: Fold, protocol: Protocol) -> sparse.csr_matrix:
+    return store.counts(fold.train)[training_rows(store.spots(fold.train), protocol)]
+
+
+def _ranked_alike(
+    store: Store, counts: sparse.csr_matrix, genes: pd.DataFrame, passing: np.ndarray
+) -> bool:
+    """Whether these are the first of the passing genes, in order; equal means may change places.
+
+    Ties are in the order of the store, and this may be another store with the same sections.
+    """
+    columns = store.genes.index.get_indexer(genes.index)
+    if not np.isin(columns, passing).all() or len(set(columns)) < len(columns):
+        return False
+    mean = column_mean(counts)
+    same: bool = np.array_equal(mean[columns], mean[passing[: len(columns)]])
+    return same
+
+
+def check_targets(store: Store, fold: Fold, fitted: Fitted, protocol: Protocol) -> dict[str, Any]:
     """Median total, mean and deviation of the panel's targets, from dense training counts."""
     rows = training_rows(store.spots(fold.train), protocol)
     totals = store.spots(fold.train)["total_counts"].to_numpy(float)[rows]
@@ -119,7 +167,8 @@ def _check_targets(store: Store, fold: Fold, fitted: Fitted, protocol: Protocol)
     )
 
 
-def _check_stain_target(store: Store, fold: Fold, protocol: Protocol) -> dict[str, Any]:
+def check_stain_target(store: Store, fold: Fold, protocol: Protocol) -> dict[str, Any]:
+    """The store's stain target is of nobody held out; of a validation patient it is told."""
     target = store.index["stain_target"]
     if target is None:
         return _passed("no stain normalisation")
