@@ -44,6 +44,7 @@ def test_the_step_is_measured_beside_its_limit_and_the_usual_loop(tmp_path: Path
     assert (tmp_path / "out.jsonl").read_text().count("\n") == 1
 
 
+@pytest.mark.drill
 def test_a_new_slide_is_taken_apart_beside_its_limit(tmp_path: Path) -> None:
     tissue = np.random.default_rng(0).normal((170, 110, 170), 25, (500, 600, 3)).clip(0, 255)
     image = np.full((700, 900, 3), 245, np.uint8)

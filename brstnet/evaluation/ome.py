@@ -45,11 +45,12 @@ def require() -> None:
     """Say what to install, before any work is done.
 
     Raises:
-        ImportError: tifffile is not installed.
+        ImportError: tifffile or imagecodecs, which makes its JPEG tiles, is not installed.
     """
-    if importlib.util.find_spec("tifffile") is None:
+    lacking = [n for n in ("tifffile", "imagecodecs") if importlib.util.find_spec(n) is None]
+    if lacking:
         raise ImportError(
-            "OME-TIFFs are written by tifffile, which is not installed: pip install 'brstnet[ome]' "
+            f"OME-TIFFs need {' and '.join(lacking)}, not installed here: pip install 'brstnet[ome]' "
             "-c constraints.txt (or leave --ome_tiff away: predictions.h5ad and the maps need "
             "nothing more)"
         )
