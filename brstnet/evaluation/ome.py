@@ -50,8 +50,8 @@ def require() -> None:
     lacking = [n for n in ("tifffile", "imagecodecs") if importlib.util.find_spec(n) is None]
     if lacking:
         raise ImportError(
-            f"OME-TIFFs need {' and '.join(lacking)}, not installed here: pip install 'brstnet[ome]' "
-            "-c constraints.txt (or leave --ome_tiff away: predictions.h5ad and the maps need "
+            f"OME-TIFFs need {' and '.join(lacking)}, not installed here: pip install "
+            "'brstnet[ome]' -c constraints.txt (or leave --ome_tiff away: predictions.h5ad and the maps need "
             "nothing more)"
         )
 
