@@ -35,6 +35,7 @@ def run(module: str, *argv: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines]
 
 
+@pytest.mark.drill
 def test_the_step_is_measured_beside_its_limit_and_the_usual_loop(tmp_path: Path) -> None:
     quick = ["--rounds", "1", "--steps", "1", "--batch", "4", "--out", str(tmp_path / "out.jsonl")]
     head, row = run("train_step", "--backbones", "test_resnet", *quick)

@@ -51,8 +51,8 @@ def require() -> None:
     if lacking:
         raise ImportError(
             f"OME-TIFFs need {' and '.join(lacking)}, not installed here: pip install "
-            "'brstnet[ome]' -c constraints.txt (or leave --ome_tiff away: predictions.h5ad and the maps need "
-            "nothing more)"
+            "'brstnet[ome]' -c constraints.txt (or leave --ome_tiff away: predictions.h5ad and the "
+            "maps need nothing more)"
         )
 
 
