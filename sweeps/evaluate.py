@@ -66,9 +66,9 @@ def judge(options: Namespace) -> Evaluation:
     uri = options.tracking_uri or tracking.local_uri(options.runs)
     client = tracking.connect(uri)
     version = tracking.find_version(client, options.model)
-    looks = earlier_looks(client, str(version.run_id), options.patients)
     with tempfile.TemporaryDirectory() as scratch:
         try:
+            looks = earlier_looks(client, str(version.run_id), options.patients)
             folder = download_artifacts(version.source, dst_path=scratch, tracking_uri=uri)
         except MlflowException as error:
             raise ValueError(f"{options.model}: {version.source} cannot be had: {error}") from error

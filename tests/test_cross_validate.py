@@ -107,7 +107,7 @@ def test_controls_are_fitted_on_the_folds_own_training_sections(
 
 def test_all_is_written_a_file_of_predictions_a_fold(found: Evaluation, out: Path) -> None:
     names = {path.name for path in out.iterdir()}
-    assert {"predictions_fold_0.h5ad", "predictions_fold_1.h5ad", "scores.parquet"} <= names
+    assert {"predictions_fold_0.h5ad", "predictions_fold_1.h5ad", "intervals.parquet"} <= names
     assert "predictions.h5ad" not in names
     sections = {
         section

@@ -16,7 +16,16 @@ import torch
 
 from brstnet import __version__
 from brstnet.data.store import Store
-from brstnet.evaluation import belief, confidence, plots, report, subgroups, tables
+from brstnet.evaluation import (
+    belief,
+    confidence,
+    conformal,
+    out_of_fold,
+    plots,
+    report,
+    subgroups,
+    tables,
+)
 from brstnet.evaluation.cases import (
     Case,
     describe_folds,
@@ -124,13 +133,17 @@ def cross_validate(
     patients for intervals and tests. The scores are those that configurations were chosen by, and
     a little optimistic; only held-out patients are beyond that. Each fold has its own panel, units
     and controls, fitted on its own training sections. Arguments and what is raised are those of
-    `evaluate`; predictions go to predictions_fold_K.h5ad.
+    `evaluate`; predictions go to predictions_fold_K.h5ad, and
+    intervals.parquet has intervals for a new patient.
     """
     _check_files(options)
     with store.read_once():
         cases, ensemble = validation_cases(checkpoints, store, device, options, progress=progress)
         about = describe_models(cases, ensemble, describe_folds(cases, ensemble))
-        return judge(cases, about, out, options, wanted(options, device, progress=progress))
+        result = judge(cases, about, out, options, wanted(options, device, progress=progress))
+        errors = out_of_fold.cross_validation_errors(ensemble, store)
+    conformal.intervals(errors).write(out / "intervals.parquet")
+    return result
 
 
 def _check_files(options: Judging) -> None:
