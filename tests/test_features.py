@@ -26,8 +26,9 @@ from brstnet.training.train import start
 
 @pytest.fixture
 def store(demo_store: Store, tmp_path: Path) -> Store:
-    """A copy of the demo store, to keep features in."""
-    return Store(shutil.copytree(demo_store.path, tmp_path / "store"))
+    """A copy of the demo store, to keep features in, without what other tests have derived."""
+    without = shutil.ignore_patterns("derived")
+    return Store(shutil.copytree(demo_store.path, tmp_path / "store", ignore=without))
 
 
 @pytest.fixture
