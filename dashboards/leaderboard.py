@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from jinja2 import Environment
 from jsonargparse import auto_cli
 from mlflow import MlflowClient
+
+from brstnet.page import DASH, environment
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -35,7 +36,6 @@ COLUMNS = [
     "cost_seconds",
     "reason",
 ]
-DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 MEDIANS = {
     "median_pcc": "model",
     "median_pcc_colour_ridge": "control: colour ridge",
@@ -89,11 +89,11 @@ def leaderboard_info(client: MlflowClient, sweep: str) -> Leaderboard:
 
 def leaderboard_html(info: Leaderboard) -> str:
     """Draw the page: one file, nothing loaded from elsewhere, all text from runs escaped."""
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": _number, "setting": _setting, "duration": _duration}
-    environment.tests["known"] = pd.notna
+    made = environment()
+    made.filters |= {"setting": _setting, "duration": _duration}
+    made.tests["known"] = pd.notna
     rows = info.trials.to_dict("records")
-    return environment.from_string(PAGE).render(info=info, facts=info.facts, rows=rows)
+    return made.from_string(PAGE).render(info=info, facts=info.facts, rows=rows)
 
 
 def _runs(client: MlflowClient, kind: str, sweep: str | None = None) -> list[Run]:
@@ -227,11 +227,6 @@ def _facts(run: Run, trials: pd.DataFrame, evaluations: list[dict[str, Any]]) ->
     }
 
 
-def _number(value: float | None, digits: int = 3) -> str:
-    """Fixed digits with a real minus sign; a dash where there is no value."""
-    return DASH if value is None or pd.isna(value) else f"{value:.{digits}f}".replace("-", MINUS)
-
-
 def _setting(value: Any) -> str:
     """A setting as logged, long decimals at four digits; a dash where a trial has none."""
     if isinstance(value, dict | list):
@@ -280,29 +275,8 @@ PAGE = """\
   content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <title>{{ info.sweep }} &ndash; leaderboard</title>
 <style>
-:root { color-scheme: light dark; --page: #f7f7f5; --card: #fff; --ink: #1d2126; --soft: #667079;
-  --line: #e3e5e4; --accent: #1f6f5c; --tint: #e9f3ef; --control: #a9b1b6; --bad: #a63d2f }
-@media (prefers-color-scheme: dark) { :root { --page: #14171a; --card: #1b1f23; --ink: #e6e8ea;
-  --soft: #97a1a9; --line: #2d3338; --accent: #63c0a6; --tint: #1d302b; --control: #5d676e;
-  --bad: #e58a7b } }
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 96rem; padding: 2rem clamp(1rem, 3vw, 2.5rem) 4rem;
-  background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
-h1 { margin: 0; font-size: 1.9rem; letter-spacing: -.02em; overflow-wrap: anywhere }
-h2 { margin: 2.5rem 0 .6rem; font-size: 1.15rem }
-.soft, .label, footer { color: var(--soft) } .label { font-size: .8rem } p { max-width: 50rem }
-.protocol { margin: .8rem 0 1.4rem; padding: .55rem .9rem; border-left: 3px solid var(--accent);
-  background: var(--tint); border-radius: 0 6px 6px 0; overflow-wrap: anywhere }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: .8rem }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
-  padding: .8rem 1rem; min-width: 0 }
-.big { font-size: 1.75rem; font-weight: 600; line-height: 1.3 }
-.scroll { overflow-x: auto; padding: 0 }
-a { color: var(--accent) }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
-th, td { padding: .4rem .6rem; font-size: .87rem; text-align: left; white-space: nowrap;
-  border-bottom: 1px solid var(--line) } tbody tr:last-child td { border-bottom: 0 }
-.n { text-align: right } .score { font-weight: 600 }
+{{ style | safe }}
+th, td { white-space: nowrap } .score { font-weight: 600 }
 th, th button { color: var(--soft); font-weight: 600 } th button { all: unset; cursor: pointer }
 th button:focus-visible { outline: 2px solid var(--accent) }
 th[aria-sort] button { color: var(--ink) }
@@ -320,7 +294,6 @@ circle { fill: var(--accent); fill-opacity: .55 } .mean { stroke: var(--ink); st
 .bars rect { fill: var(--control) } .bars .model rect { fill: var(--accent) }
 dl { display: flex; flex-wrap: wrap; gap: .3rem 1.6rem; margin: 0 } dl div { min-width: 0 }
 dt { color: var(--soft); font-size: .8rem } dd { margin: 0; overflow-wrap: anywhere }
-summary { cursor: pointer } footer { margin-top: 3rem; font-size: .8rem; overflow-wrap: anywhere }
 </style>
 {% set lo, hi = facts.range %}
 {% macro x(value) %}{{ ((value - lo) / (hi - lo) * 112 + 4) | round(1) }}{% endmacro %}

@@ -1,21 +1,18 @@
 """The paper's results as one page that opens from disk: all tables and figures are in it."""
 
-import base64
 import itertools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment
 
 from brstnet.evaluation import printed
 from brstnet.evaluation.paper import DEPTH
 from brstnet.evaluation.paper_tables import DEPTH_LABEL, clock
 from brstnet.evaluation.same_quantity import TRAINING_ERRORS
+from brstnet.page import environment
 from sweeps.paper_results import Results, with_clock
-
-DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +26,12 @@ class Cell:
 
 def page(results: Results) -> str:
     """Draw the page; all text is escaped, nothing is loaded."""
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "clock": clock, "picture": picture}
+    made = environment()
+    made.filters["clock"] = clock
     absent = [model for model in results.models if model.missing]
     groups = itertools.groupby(absent, key=lambda model: model.missing)
     why = [(reason, [model.label for model in group]) for reason, group in groups]
-    return environment.from_string(PAGE).render(
+    return made.from_string(PAGE).render(
         r=results,
         verdicts=results.verdicts,
         above=above(results),
@@ -100,18 +97,6 @@ def short(name: str) -> str:
     return name.replace("EfficientNet", "ENet").replace("Inception", "Incep")
 
 
-def number(value: float | None, digits: int = 4) -> str:
-    """Fixed digits with a real minus sign; a dash where there is no value."""
-    if value is None or pd.isna(value):
-        return DASH
-    return f"{value:.{digits}f}".replace("-", MINUS)
-
-
-def picture(path: Any) -> str:
-    """A PNG as an address that holds it."""
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-
-
 PAGE = """\
 <!doctype html>
 <html lang="en">
@@ -121,38 +106,26 @@ PAGE = """\
   content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <title>{{ r.sweep }} &ndash; the paper's results</title>
 <style>
-:root { color-scheme: light dark; --page: #f7f7f5; --card: #fff; --ink: #1d2126; --soft: #667079;
-  --line: #e3e5e4; --accent: #1f6f5c; --tint: #e9f3ef; --bad: #a63d2f; --warm: #fbf1e6 }
-@media (prefers-color-scheme: dark) { :root { --page: #14171a; --card: #1b1f23; --ink: #e6e8ea;
-  --soft: #97a1a9; --line: #2d3338; --accent: #63c0a6; --tint: #1d302b; --bad: #e58a7b;
-  --warm: #33281c } }
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 84rem; padding: 2rem clamp(1rem, 3vw, 2.5rem) 4rem;
-  background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
-h1 { margin: 0; font-size: 1.9rem; letter-spacing: -.02em; overflow-wrap: anywhere }
+{{ style | safe }}
+body { max-width: 84rem }
 h2 { margin: 2.6rem 0 .6rem; font-size: 1.2rem } h3 { margin: 1.2rem 0 .4rem; font-size: .95rem }
-.soft, footer, figcaption { color: var(--soft) } p, li { max-width: 62rem }
+p, li { max-width: 62rem }
 .protocol, .verdict { margin: .8rem 0; padding: .55rem .9rem; background: var(--tint);
   border-left: 3px solid var(--accent); border-radius: 0 6px 6px 0; overflow-wrap: anywhere }
 .verdict.other { background: var(--warm); border-color: var(--bad) }
 .verdict strong { display: block } .verdict ul { margin: .2rem 0 0; padding-left: 1.1rem }
 details { margin: .3rem 0 .8rem; color: var(--soft); font-size: .9rem }
-summary { cursor: pointer } details ul { margin: .3rem 0; padding-left: 1.1rem }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
-  padding: .4rem .6rem; overflow-x: auto; margin: .6rem 0 }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .5rem; font-size: .85rem; text-align: right; white-space: nowrap;
-  border-bottom: 1px solid var(--line) } tbody tr:last-child td { border-bottom: 0 }
-th { color: var(--soft); font-weight: 600; vertical-align: bottom; white-space: normal }
+details ul { margin: .3rem 0; padding-left: 1.1rem }
+.card { padding: .4rem .6rem; overflow-x: auto; margin: .6rem 0 }
+th, td { padding: .3rem .5rem; font-size: .85rem; text-align: right; white-space: nowrap }
+th { vertical-align: bottom; white-space: normal }
 th:first-child, td:first-child, .l { text-align: left } .wrap { white-space: normal; width: 24% }
 .p { color: var(--soft); font-size: .8em; display: block } td.p { display: table-cell }
 .best { font-weight: 700 } .control { color: var(--soft); font-style: italic }
 .missing td { color: var(--soft) } .sum td { font-weight: 600 }
-figure { margin: .6rem 0 } img { max-width: 100%; height: auto; background: #fff;
-  border: 1px solid var(--line); border-radius: 10px; display: block }
+figure { margin: .6rem 0 } img { border: 1px solid var(--line) }
 figcaption { font-size: .85rem; margin-top: .3rem; max-width: 62rem }
 .tag { font-size: .75rem; color: var(--soft); margin-left: .4rem }
-footer { margin-top: 3rem; font-size: .8rem }
 </style>
 {% macro verdict(v) %}
 <div class="verdict{{ "" if v.same else " other" }}">
@@ -165,7 +138,8 @@ footer { margin-top: 3rem; font-size: .8rem }
 <details><summary>What the paper leaves open, and what was done here</summary>
 <ul>{% for each in v.open %}<li>{{ each }}</li>{% endfor %}</ul></details>
 {% endmacro %}
-{% macro both(ours, printed) %}<td>{{ ours | number }}</td><td class="p">{{ printed | number }}</td>
+{% macro both(ours, printed) %}
+<td>{{ ours | number(4) }}</td><td class="p">{{ printed | number(4) }}</td>
 {% endmacro %}
 <div class="soft">brstnet: the results of Rahaman, Millar and Meijering 2023, beside ours</div>
 <h1>{{ r.sweep }}</h1>
@@ -173,7 +147,7 @@ footer { margin-top: 3rem; font-size: .8rem }
 <p class="soft">Ours stand first, the paper's printed values in grey. Whether the two are the same
 quantity is worked out, for each table, from the protocol of the trials.
 Best model here, by cross-validation: <strong>{{ r.best.label }}</strong>
-({{ r.best.score | number }}).</p>
+({{ r.best.score | number(4) }}).</p>
 <div class="card"><table><thead><tr><th>genes by median PCC on the held-out patient</th>
 <th>above 0</th><th>above 0.5</th><th>of</th></tr></thead><tbody>
 {% for row in above %}
@@ -199,7 +173,8 @@ missing</summary><ul>
 <td>{{ row.rank | number(0) }}</td>
 {% for cell in row.cells %}<td{% if loop.last %} class="control"{% endif %}>
 <span{% if cell.best %} class="best"{% endif %}>{{ cell.ours | number(3) }}</span>
-{% if cell.printed == cell.printed %}<span class="p">{{ cell.printed | number }}</span>{% endif %}
+{% if cell.printed == cell.printed %}
+<span class="p">{{ cell.printed | number(4) }}</span>{% endif %}
 </td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>
 {% endfor %}

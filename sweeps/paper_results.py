@@ -1,6 +1,6 @@
 """The paper's results as data: what `sweeps/paper.py` found, as tables for people and as JSON."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from brstnet import __version__
+from brstnet.evaluation.evaluate import strict
 from brstnet.evaluation.paper import Model
 from brstnet.evaluation.paper_figures import Map
 from brstnet.evaluation.paper_tables import clock
@@ -119,7 +120,7 @@ def as_json(results: Results) -> dict[str, Any]:
         "fig3": results.figure_3,
     }
     shown = results.map
-    return {
+    found: dict[str, Any] = strict({
         "format": "brstnet-paper",
         "version": 1,
         "brstnet": __version__,
@@ -133,7 +134,7 @@ def as_json(results: Results) -> dict[str, Any]:
                 "backbone": model.backbone,
                 "auxnet": model.auxnet,
                 "missing": model.missing,
-                "validation_score": number(model.score),
+                "validation_score": model.score,
                 "genes": len(model.panel),
                 "genes_without_pcc": None
                 if model.missing
@@ -142,7 +143,7 @@ def as_json(results: Results) -> dict[str, Any]:
             for model in results.models
         ],
         "genes_in_table2": results.common,
-        **{name: records(frame) for name, frame in frames.items()},
+        **{name: frame.to_dict("records") for name, frame in frames.items()},
         "fig4": None
         if shown is None
         else {"section": shown.section, "gene": shown.symbol, "pcc": shown.pcc},
@@ -150,15 +151,5 @@ def as_json(results: Results) -> dict[str, Any]:
             name: {"same": verdict.same, "line": verdict.line, **asdict(verdict)}
             for name, verdict in results.verdicts.items()
         },
-    }
-
-
-def records(frame: pd.DataFrame) -> list[Mapping[str, Any]]:
-    """Rows of a table, NaN as null."""
-    return [{str(k): number(v) for k, v in row.items()} for row in frame.to_dict("records")]
-
-
-def number(value: Any) -> Any:
-    """A value without numpy's types; NaN is null."""
-    plain = value.item() if isinstance(value, np.generic) else value
-    return None if isinstance(plain, float) and not np.isfinite(plain) else plain
+    })  # fmt: skip
+    return found

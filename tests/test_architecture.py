@@ -14,6 +14,7 @@ LEVEL = {
     "brstnet.config": 0,
     "brstnet.metrics": 0,
     "brstnet.launch": 0,
+    "brstnet.page": 0,
     "brstnet.data": 1,
     "brstnet.training": 2,
     "brstnet.evaluation": 3,

@@ -24,7 +24,7 @@ from brstnet.evaluation.judging import Judging
 from brstnet.evaluation.predict import (
     Ensemble,
     How,
-    find_checkpoints,
+    as_ensemble,
     load_ensemble,
     predict_ensemble,
     predict_mean,
@@ -32,7 +32,6 @@ from brstnet.evaluation.predict import (
 from brstnet.evaluation.yardstick import Yardstick, judged_genes, read_gene_list, standardise
 from brstnet.training.checkpoint import Checkpoint
 from brstnet.training.folds import ALL
-from brstnet.training.leaks import LeakError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,15 +100,13 @@ def validation_cases(
         ValueError: there is a model of no fold, or the store is not the one they were trained on.
     """
     everybody = load_ensemble(checkpoints, device)
-    paths: dict[int, list[Path]] = {}
-    for path in [p for place in checkpoints for p in find_checkpoints(place)]:
-        member = next(m for m in everybody.members if m.path == path)
+    folds: dict[int, list[Checkpoint]] = {}
+    for member in everybody.members:
         _check_validated(member, store)
-        paths.setdefault(member.fold.number, []).append(path)
+        folds.setdefault(member.fold.number, []).append(member)
     cases = []
-    for _, same in sorted(paths.items()):
-        ensemble = load_ensemble(same, device)
-        fold = ensemble.members[0].fold
+    for _, members in sorted(folds.items()):
+        ensemble, fold = as_ensemble(members), members[0].fold
         checks = judge_gate(ensemble, store, fold.validation, cross_validated=True)
         yardstick = dataclasses.replace(Yardstick.of(ensemble, store), train=tuple(fold.train))
         genes = judged_genes(yardstick, store, listed(options))
@@ -160,32 +157,6 @@ def _of_genes(log_units_NG: np.ndarray, ensemble: Ensemble, genes: pd.DataFrame)
 def listed(options: Judging) -> list[str] | None:
     """The user's own panel, by id or symbol."""
     return None if options.gene_list is None else read_gene_list(options.gene_list)
-
-
-def check_unseen(ensemble: Ensemble, store: Store, sections: Sequence[str]) -> None:
-    """Refuse to judge a model on a patient it has seen, whatever the patient is called here.
-
-    A patient has been seen whose name the checkpoint has, or who owns a section here that it has by
-    name or by the very patches.
-
-    Raises:
-        LeakError: a section's patient was in training or validation.
-    """
-    for member in ensemble.members:
-        hashes = member.facts["store"]["sections"]
-        seen = {*member.facts["patients"]} | {
-            entry["patient"]
-            for name, entry in store.sections.items()
-            if name in hashes or entry["files"]["patches.npy"] in hashes.values()
-        }
-        for name in sections:
-            if (patient := store.sections[name]["patient"]) in seen:
-                raise LeakError(
-                    f"section {name} of patient {patient} cannot judge {member.path}: that model "
-                    "was trained or chosen on the patient; judge it on held-out patients "
-                    f"({', '.join(member.settings.protocol.held_out) or 'this one has none'}), or "
-                    "each fold's model on its own validation sections (--cross_validated)"
-                )
 
 
 # What a reader needs to know ----------------------------------------------------------------------

@@ -33,7 +33,7 @@ class Check:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class Subject:
     """A model, the sections that judge it, and what of its own sections is in this store.
 
     Attributes:

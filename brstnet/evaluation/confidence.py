@@ -220,7 +220,7 @@ def _held(one: Mapping[str, Any]) -> str:
     return f"{held} (worst: {one['worst_patient']}, {100 * one['worst']:.0f} %)"
 
 
-def write(found: Confidence, out: Path, heading: str = "") -> None:
+def write(found: Confidence | None, out: Path, heading: str = "") -> None:
     """Write spread.parquet, calibration.csv, intervals.parquet, coverage.parquet, the figure.
 
     What does not exist is not written, and what an earlier run has left of it is removed.
@@ -228,6 +228,8 @@ def write(found: Confidence, out: Path, heading: str = "") -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         (out / name).unlink(missing_ok=True)
+    if found is None:
+        return
     if len(found.scores):
         found.scores.to_parquet(out / "spread.parquet")
         found.calibration.to_csv(out / "calibration.csv", index=False)

@@ -19,7 +19,6 @@ from brstnet.data.store import Store
 from brstnet.evaluation import (
     belief,
     confidence,
-    conformal,
     out_of_fold,
     plots,
     report,
@@ -38,7 +37,7 @@ from brstnet.evaluation.ceiling import SectionCeiling, shallow_sections
 from brstnet.evaluation.checks import Check
 from brstnet.evaluation.controls import Controls, Encoder, Wanted, predict_controls
 from brstnet.evaluation.export import to_anndata
-from brstnet.evaluation.gate import gate_rows
+from brstnet.evaluation.gate import gate_line, gate_rows
 from brstnet.evaluation.judging import Judging
 from brstnet.evaluation.predict import load_ensemble
 from brstnet.evaluation.scores import METRICS, MODEL, Judged, score_table, spot_table
@@ -141,8 +140,7 @@ def cross_validate(
         cases, ensemble = validation_cases(checkpoints, store, device, options, progress=progress)
         about = describe_models(cases, ensemble, describe_folds(cases, ensemble))
         result = judge(cases, about, out, options, wanted(options, device, progress=progress))
-        errors = out_of_fold.cross_validation_errors(ensemble, store)
-    conformal.intervals(errors).write(out / "intervals.parquet")
+        out_of_fold.calibrate(ensemble, store).write(out / "intervals.parquet")
     return result
 
 
@@ -186,10 +184,7 @@ def judge(
     shutil.rmtree(out / "figures", ignore_errors=True)  # of an earlier evaluation, maybe of others
     panel = result.genes[result.genes["panel"]]
     plots.draw_all(panel, list(annotated.values()), result.protocol["line"], out / "figures")
-    for name in confidence.FILES:  # of an earlier evaluation
-        (out / name).unlink(missing_ok=True)
-    if (sure := cases[0].sure) is not None:
-        confidence.write(sure, out, result.protocol["line"])
+    confidence.write(cases[0].sure, out, result.protocol["line"])
     checks = [check for case in cases for check in case.checks]
     (out / "leaks.json").write_text(json.dumps(gate_rows(checks), indent=1), encoding="utf-8")
     _write(result, out)
@@ -253,6 +248,8 @@ def _found(parts: Sequence[Part], about: Mapping[str, Any], options: Judging) ->
     if (sure := parts[0].case.sure) is not None:
         summary["confidence"] = {k: v for k, v in sure.summary.items() if k != "lines"}
         summary["lines"] += sure.summary["lines"]
+    if checks := [check for part in parts for check in part.case.checks]:
+        summary["lines"].append(f"{gate_line(checks)}; each is in leaks.json")
     if options.gene_groups is not None:
         groups = tables.read_groups(options.gene_groups)
         summary["groups"] = tables.summarise_groups(table[table["panel"]], groups)
@@ -330,7 +327,7 @@ def _report(result: Evaluation, checks: Sequence[Check], out: Path) -> None:
         result.subgroups,
         out / "figures",
     )
-    blocks[1:1] = report.gate_blocks(gate_rows(checks))
+    blocks[1:1] = report.gate_blocks(checks)
     facts = result.protocol
     patients = ", ".join(facts["patients"])
     page = report.page(

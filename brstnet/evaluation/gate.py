@@ -21,8 +21,8 @@ from brstnet.evaluation.checks import (
     PASSED,
     STATES,
     UNKNOWN,
-    Case,
     Check,
+    Subject,
     Verdict,
 )
 from brstnet.evaluation.contents import Contents, colour_statistics, look
@@ -59,49 +59,52 @@ def judge_gate(
     """
     for member in ensemble.members:
         check_store(member, store)  # before patches are compared
-    cases = [
-        Case(
-            member=member,
-            store=store,
-            sections=sections,
-            here=_sections_here(member, store),
-            cross_validated=cross_validated,
-        )
-        for member in ensemble.members
+    subjects = [
+        _subject(m, store, sections, judged_by_own=cross_validated) for m in ensemble.members
     ]
     with store.read_once():
-        contents = _look_at_all(cases)
-        checks = [check for case in cases for check in _of_member(case, contents)]
-    checks += [*selection.champions(cases, chosen), selection.looks(earlier)]
+        contents = _look_at_all(subjects)
+        checks = [check for subject in subjects for check in _of_member(subject, contents)]
+    checks += [*selection.champions(subjects, chosen), selection.looks(earlier)]
     if failures := [c for c in checks if c.state == FAILED]:
         lines = [f"{c.name}{f' ({c.of})' if c.of else ''}: {c.why}" for c in failures]
         raise LeakError(f"{store.path}: these sections cannot judge it\n  " + "\n  ".join(lines))
     return checks
 
 
-def describe_gate(checks: Sequence[Check]) -> str:
-    """The checks as a table for people; what is the same for several models stands once."""
-    counts = {state: sum(c.state == state for c in checks) for state in STATES}
-    same: dict[tuple[str, str, str], list[str]] = {}
-    for check in checks:
-        same.setdefault((check.name, check.state, check.why), []).append(check.of)
-    order = list(dict.fromkeys(check.name for check in checks))
-    rows = [
-        (name, state, ", ".join(filter(None, of)) or "all", why)
-        for (name, state, why), of in sorted(same.items(), key=lambda row: order.index(row[0][0]))
-    ]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = [
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]])
-        for row in rows
-    ]
-    head = ", ".join(f"{number} {state}" for state, number in counts.items() if number)
-    return "\n".join([f"leak gate: {head}", *lines])
+def check_unseen(ensemble: Ensemble, store: Store, sections: Sequence[str]) -> None:
+    """The first check of the gate alone, where patches and statistics play no part.
+
+    Raises:
+        LeakError: a section's patient was in training or validation of a model.
+    """
+    for member in ensemble.members:
+        state, why = _unseen(_subject(member, store, sections))
+        if state == FAILED:
+            raise LeakError(why)
+
+
+def gate_line(checks: Sequence[Check]) -> str:
+    """How many checks came to what, such as "leak gate: 37 passed, 5 note"."""
+    counts = {state: sum(check.state == state for check in checks) for state in STATES}
+    return "leak gate: " + ", ".join(f"{n} {state}" for state, n in counts.items() if n)
 
 
 def gate_rows(checks: Sequence[Check]) -> list[dict[str, str]]:
     """The checks for JSON or a table: name, of, state, why."""
     return [dataclasses.asdict(check) for check in checks]
+
+
+def _subject(
+    member: Checkpoint, store: Store, sections: Sequence[str], *, judged_by_own: bool = False
+) -> Subject:
+    return Subject(
+        member=member,
+        store=store,
+        sections=sections,
+        here=_sections_here(member, store),
+        cross_validated=judged_by_own,
+    )
 
 
 def _sections_here(member: Checkpoint, store: Store) -> dict[str, str]:
@@ -113,25 +116,25 @@ def _sections_here(member: Checkpoint, store: Store) -> dict[str, str]:
     return {name: by_hash[sha] for name, sha in used.items() if sha in by_hash} | same
 
 
-def _look_at_all(cases: Sequence[Case]) -> dict[str, Contents]:
+def _look_at_all(subjects: Sequence[Subject]) -> dict[str, Contents]:
     """The contents of the judged sections, and of those that any model trained or validated on."""
-    store, protocol = cases[0].store, cases[0].member.settings.protocol
-    names = dict.fromkeys([*cases[0].sections, *(n for c in cases for n in c.here.values())])
+    store, protocol = subjects[0].store, subjects[0].member.settings.protocol
+    names = dict.fromkeys([*subjects[0].sections, *(n for c in subjects for n in c.here.values())])
     return {name: look(store, name, protocol) for name in names}
 
 
-def _of_member(case: Case, contents: Mapping[str, Contents]) -> Iterator[Check]:
+def _of_member(subject: Subject, contents: Mapping[str, Contents]) -> Iterator[Check]:
     """All checks of one model."""
-    of = case.member.fold.name
+    of = subject.member.fold.name
     for name, (state, why) in {
-        "patients": _patients(case),
-        "copies": _copies(case, contents),
-        "folds": _folds(case),
-        "statistics": _told(leaks.check_statistics(case.member.fold, case.member.fitted)),
-        **_fitted(case),
-        "image_statistics": _image_statistics(case, contents),
-        "stain_target": _stain_target(case),
-        "epoch": selection.epoch(case),
+        "patients": _patients(subject),
+        "copies": _copies(subject, contents),
+        "folds": _folds(subject),
+        "statistics": _told(leaks.check_statistics(subject.member.fold, subject.member.fitted)),
+        **_fitted(subject),
+        "image_statistics": _image_statistics(subject, contents),
+        "stain_target": _stain_target(subject),
+        "epoch": selection.epoch(subject),
     }.items():
         yield Check(name=name, of=of, state=state, why=why)
 
@@ -144,12 +147,12 @@ def _told(check: Mapping[str, Any]) -> Verdict:
     return (NOTE if why != check["why"] else PASSED), why
 
 
-def _said(case: Case, name: str) -> Verdict:
+def _said(subject: Subject, name: str) -> Verdict:
     """What cannot be computed here: what the checkpoint says that was found before training."""
-    checks = case.member.facts.get("leak_report", {}).get("checks", {})
+    checks = subject.member.facts.get("leak_report", {}).get("checks", {})
     said = checks.get(name, {}).get("why", "nothing")
     return UNKNOWN, (
-        f"sections {', '.join(case.missing[:3])} of its training are not in this store; said by "
+        f"sections {', '.join(subject.missing[:3])} of its training are not in this store; said by "
         f"the checkpoint: {said}"
     )
 
@@ -157,56 +160,56 @@ def _said(case: Case, name: str) -> Verdict:
 # Who ---------------------------------------------------------------------------------------------
 
 
-def _patients(case: Case) -> Verdict:
+def _patients(subject: Subject) -> Verdict:
     """A patient has been seen whose name the checkpoint has, or who owns a section that it has.
 
     A section is known by its name and by its very patches.
     """
-    return _own_validation(case) if case.cross_validated else _unseen(case)
+    return _own_validation(subject) if subject.cross_validated else _unseen(subject)
 
 
-def _unseen(case: Case) -> Verdict:
-    member, store = case.member, case.store
+def _unseen(subject: Subject) -> Verdict:
+    member, store = subject.member, subject.store
     used = member.facts["store"]["sections"]
-    owned = [name for name in store.sections if name in used or name in case.here.values()]
-    seen = {*member.facts["patients"], *case.patients(owned)}
+    owned = [name for name in store.sections if name in used or name in subject.here.values()]
+    seen = {*member.facts["patients"], *subject.patients(owned)}
     faults = [
         f"section {name} of patient {store.sections[name]['patient']} cannot judge {member.path}: "
         "that model was trained or chosen on the patient; judge it on held-out patients "
         f"({', '.join(member.settings.protocol.held_out) or 'this one has none'}), or each fold's "
         "model on its own validation sections (--cross_validated)"
-        for name in case.sections
+        for name in subject.sections
         if store.sections[name]["patient"] in seen
     ]
     if faults:
         return FAILED, "; ".join(faults)
-    if case.missing:
+    if subject.missing:
         return PASSED, (
             f"no judged patient has the name of one who trained or validated; of its training "
-            f"{', '.join(case.missing[:3])} are not in this store: a patient renamed since, in "
+            f"{', '.join(subject.missing[:3])} are not in this store: a patient renamed since, in "
             "another store, would not be seen"
         )
     return PASSED, "no judged patient trained or validated, by name or by the patches of a section"
 
 
-def _own_validation(case: Case) -> Verdict:
-    fold = case.fold
-    if trained := [name for name in case.sections if name in fold.train]:
-        return FAILED, f"sections {', '.join(trained)} trained {case.member.path}"
-    if strange := [name for name in case.sections if name not in fold.validation]:
+def _own_validation(subject: Subject) -> Verdict:
+    fold = subject.fold
+    if trained := [name for name in subject.sections if name in fold.train]:
+        return FAILED, f"sections {', '.join(trained)} trained {subject.member.path}"
+    if strange := [name for name in subject.sections if name not in fold.validation]:
         return FAILED, f"sections {', '.join(strange)} are not the validation of {fold.name}"
-    both = sorted({*case.patients(fold.train)} & {*case.patients(case.sections)})
-    if both and case.member.settings.protocol.group == "patient":
-        return FAILED, f"patients {', '.join(both)} trained {case.member.path} too"
+    both = sorted({*subject.patients(fold.train)} & {*subject.patients(subject.sections)})
+    if both and subject.member.settings.protocol.group == "patient":
+        return FAILED, f"patients {', '.join(both)} trained {subject.member.path} too"
     within = f"; of patients {', '.join(both)} other sections trained" if both else ""
     return NOTE, f"judged on its own validation, which configurations are chosen by{within}"
 
 
-def _copies(case: Case, contents: Mapping[str, Contents]) -> Verdict:
+def _copies(subject: Subject, contents: Mapping[str, Contents]) -> Verdict:
     """Whether spots of the judged sections are in a section it used, whatever that is called."""
-    used = case.fold.train if case.cross_validated else tuple(case.here.values())
+    used = subject.fold.train if subject.cross_validated else tuple(subject.here.values())
     faults = []
-    for name in case.sections:
+    for name in subject.sections:
         for other in (o for o in dict.fromkeys(used) if o != name):
             for what in ("patches", "counts"):
                 mine, its = getattr(contents[name], what), getattr(contents[other], what)
@@ -216,19 +219,21 @@ def _copies(case: Case, contents: Mapping[str, Contents]) -> Verdict:
         return FAILED, "; ".join(faults)
     if not used:
         return UNKNOWN, "none of its sections is in this store: contents cannot be compared"
-    lacking = f"; {', '.join(case.missing[:3])} are not here to compare" if case.missing else ""
+    lacking = (
+        f"; {', '.join(subject.missing[:3])} are not here to compare" if subject.missing else ""
+    )
     return PASSED, (
         f"no spot has the patch or the counts of one of {len(used)} sections that it used{lacking}"
     )
 
 
-def _folds(case: Case) -> Verdict:
+def _folds(subject: Subject) -> Verdict:
     """Whether training, validation and the held-out are apart, by the patients of this store."""
-    protocol, fold = case.member.settings.protocol, case.fold
-    if len(case.here) < len(case.member.facts["store"]["sections"]):
-        return _said(case, "groups")
-    checks = [leaks.check_groups(case.store, fold, protocol)]
-    checks.append(leaks.check_held_out(case.store, fold, protocol))
+    protocol, fold = subject.member.settings.protocol, subject.fold
+    if len(subject.here) < len(subject.member.facts["store"]["sections"]):
+        return _said(subject, "groups")
+    checks = [leaks.check_groups(subject.store, fold, protocol)]
+    checks.append(leaks.check_held_out(subject.store, fold, protocol))
     why = "; ".join(check["why"] for check in checks)
     return _told({"ok": all(check["ok"] for check in checks), "why": why})
 
@@ -236,56 +241,59 @@ def _folds(case: Case) -> Verdict:
 # What was fitted ---------------------------------------------------------------------------------
 
 
-def _fitted(case: Case) -> dict[str, Verdict]:
+def _fitted(subject: Subject) -> dict[str, Verdict]:
     """Panel, filters and targets, from the raw counts of the training spots."""
     checks = {
         "panel": leaks.check_panel,
         "filters": leaks.check_filters,
         "targets": leaks.check_targets,
     }
-    if case.missing:
-        return {name: _said(case, name) for name in checks}
-    protocol, fold = case.member.settings.protocol, case.fold
-    known = case.member.fitted.genes.index.isin(case.store.genes.index)
+    if subject.missing:
+        return {name: _said(subject, name) for name in checks}
+    protocol, fold = subject.member.settings.protocol, subject.fold
+    known = subject.member.fitted.genes.index.isin(subject.store.genes.index)
     if not known.all():
         why = f"{(~known).sum()} of its {len(known)} genes are not in this store"
         return dict.fromkeys(checks, (UNKNOWN, why))
     return {
-        name: _told(check(case.store, fold, case.member.fitted, protocol))
+        name: _told(check(subject.store, fold, subject.member.fitted, protocol))
         for name, check in checks.items()
     }
 
 
-def _image_statistics(case: Case, contents: Mapping[str, Contents]) -> Verdict:
-    fitted, settings = case.member.fitted, case.member.settings
+def _image_statistics(subject: Subject, contents: Mapping[str, Contents]) -> Verdict:
+    fitted, settings = subject.member.fitted, subject.member.settings
     mine = np.array([fitted.image_mean, fitted.image_std])
     if settings.training.image_statistics == "weights":
-        if np.allclose(mine, colours(case.member.model.backbone)):
+        if np.allclose(mine, colours(subject.member.model.backbone)):
             return PASSED, "those that the backbone's weights were trained with"
         return FAILED, "mean and deviation of the colours are not those of the backbone's weights"
-    if case.missing:
-        return _said(case, "statistics")
-    levels_CL = np.sum([contents[name].levels_CL for name in case.fold.train], axis=0)
+    if subject.missing:
+        return _said(subject, "statistics")
+    levels_CL = np.sum([contents[name].levels_CL for name in subject.fold.train], axis=0)
     if not np.allclose(mine, colour_statistics(levels_CL), atol=1e-6):
         return FAILED, "mean and deviation of the colours are not the training spots'"
     return PASSED, f"mean and deviation of the colours are those of {fitted.spots} training spots"
 
 
-def _stain_target(case: Case) -> Verdict:
+def _stain_target(subject: Subject) -> Verdict:
     """Whose the stain target is that the model was trained with, by either store's names."""
-    target = case.member.facts["store"]["stain_target"]
+    target = subject.member.facts["store"]["stain_target"]
     if target is None:
         return PASSED, "no stain normalisation"
-    here = case.store.index["stain_target"]
+    here = subject.store.index["stain_target"]
     owners = {target["patient"]}
-    if target["section"] in case.here:
-        owners |= {*case.patients([case.here[target["section"]]])}
+    if target["section"] in subject.here:
+        owners |= {*subject.patients([subject.here[target["section"]]])}
     if here is not None and here.get("stain_matrix") == target.get("stain_matrix"):
         owners.add(here["patient"])
     name = f"section {target['section']} of patient {' alias '.join(sorted(owners))}"
-    judged, validated = case.patients(case.sections), case.patients(case.fold.validation)
+    judged, validated = (
+        subject.patients(subject.sections),
+        subject.patients(subject.fold.validation),
+    )
     if owners & set(judged):
-        if case.cross_validated:
+        if subject.cross_validated:
             return NOTE, f"the stain target, {name}, belongs to who is judged"
         return FAILED, (
             f"the stain target of its training is {name}, who is judged: prepare the store again "

@@ -125,7 +125,16 @@ def load_ensemble(paths: Sequence[Path], device: torch.device) -> Ensemble:
     Raises:
         ValueError: their protocols differ.
     """
-    members = [checkpoint.load(p, device) for path in paths for p in find_checkpoints(path)]
+    found = [p for path in paths for p in find_checkpoints(path)]
+    return as_ensemble([checkpoint.load(path, device) for path in found])
+
+
+def as_ensemble(members: Sequence[Checkpoint]) -> Ensemble:
+    """Loaded checkpoints that belong together, as one.
+
+    Raises:
+        ValueError: their protocols differ.
+    """
     first = members[0]
     for other in members[1:]:
         if other.settings.protocol != first.settings.protocol:

@@ -3,7 +3,6 @@
 Nothing is loaded from elsewhere, and all text is escaped.
 """
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jinja2 import Environment
 
 from brstnet.evaluation import tables
+from brstnet.evaluation.checks import PASSED, Check
+from brstnet.evaluation.gate import gate_line, gate_rows
 from brstnet.evaluation.scores import METRICS, MODEL, TRUTH
+from brstnet.page import DASH, environment, number
 
 GENES_SHOWN = 20
 MAPS_SHOWN = 6
@@ -186,18 +187,17 @@ def report_blocks(
     ]  # fmt: skip
 
 
-def gate_blocks(rows: Sequence[Mapping[str, str]]) -> list[Block]:
+def gate_blocks(checks: Sequence[Check]) -> list[Block]:
     """The leak gate's report; none where nothing could be checked, as of somebody's predictions."""
-    if not rows:
+    if not checks:
         return []
-    table = pd.DataFrame(rows)[["state", "name", "of", "why"]]
-    counts = table["state"].value_counts()
+    table = pd.DataFrame(gate_rows(checks))[["state", "name", "of", "why"]]
     return [
         Block(
             title="Leak gate",
-            note="Before anything was judged, from the raw counts and patches: "
-            + ", ".join(f"{n} {state}" for state, n in counts.items()),
-            table=table[table["state"] != "passed"].rename(columns={"name": "check"}),
+            note="Before anything was judged, from the raw counts and patches. "
+            + gate_line(checks),
+            table=table[table["state"] != PASSED].rename(columns={"name": "check"}),
         ),
         Block(title="Leak gate: every check", table=table, folded=True),
     ]
@@ -296,18 +296,10 @@ def page(
     title: str, line: str, blocks: Sequence[Block], first: Sequence[Tile] = (), foot: str = ""
 ) -> str:
     """Draw a page: its title, the protocol's line, tiles, blocks."""
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"cell": cell, "picture": picture, "numeric": _numeric}
-    return environment.from_string(PAGE).render(
-        title=title, line=line, blocks=blocks, tiles=first, foot=foot
-    )
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """Fixed digits with a real minus sign; a dash where there is no value."""
-    if value is None or not np.isfinite(value):
-        return "\N{EN DASH}"
-    return f"{value:.{digits}f}".replace("-", "\N{MINUS SIGN}")
+    made = environment()
+    made.filters |= {"cell": cell, "numeric": _numeric}
+    found = made.from_string(PAGE)
+    return found.render(title=title, line=line, blocks=blocks, tiles=first, foot=foot)
 
 
 def cell(value: Any) -> str:
@@ -319,17 +311,12 @@ def cell(value: Any) -> str:
     if isinstance(value, float | np.floating):
         value = float(value)
         return f"{value:,.0f}" if value.is_integer() else number(value)
-    return "\N{EN DASH}" if value is None or value is pd.NA else str(value)
+    return DASH if value is None or value is pd.NA else str(value)
 
 
 def _numeric(table: pd.DataFrame) -> list[bool]:
     """Which columns hold numbers."""
     return [pd.api.types.is_any_real_numeric_dtype(kind) for kind in table.dtypes]
-
-
-def picture(path: Path) -> str:
-    """A PNG as an address that holds it."""
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 PAGE = """\
@@ -341,31 +328,9 @@ PAGE = """\
   content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <title>{{ title }}</title>
 <style>
-:root { color-scheme: light dark; --page: #f7f7f5; --card: #fff; --ink: #1d2126; --soft: #667079;
-  --line: #e3e5e4; --accent: #1f6f5c; --tint: #e9f3ef }
-@media (prefers-color-scheme: dark) { :root { --page: #14171a; --card: #1b1f23; --ink: #e6e8ea;
-  --soft: #97a1a9; --line: #2d3338; --accent: #63c0a6; --tint: #1d302b } }
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 96rem; padding: 2rem clamp(1rem, 3vw, 2.5rem) 4rem;
-  background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
-h1 { margin: 0; font-size: 1.9rem; letter-spacing: -.02em; overflow-wrap: anywhere }
-h2 { margin: 2.5rem 0 .6rem; font-size: 1.15rem }
-.soft, .label, footer { color: var(--soft) } .label { font-size: .8rem } p { max-width: 54rem }
-.protocol { margin: .8rem 0 1.4rem; padding: .55rem .9rem; border-left: 3px solid var(--accent);
-  background: var(--tint); border-radius: 0 6px 6px 0; overflow-wrap: anywhere }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: .8rem }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
-  padding: .8rem 1rem; min-width: 0 }
-.big { font-size: 1.75rem; font-weight: 600; line-height: 1.3 }
-.scroll { overflow-x: auto; padding: 0 }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
-th, td { padding: .4rem .6rem; font-size: .87rem; text-align: left; vertical-align: top;
-  border-bottom: 1px solid var(--line) } tbody tr:last-child td { border-bottom: 0 }
-th { color: var(--soft); font-weight: 600 }
-.n { text-align: right } td.n, td:first-child { white-space: nowrap }
-img { display: block; max-width: 100%; margin: 1rem 0; border-radius: 8px; background: #fff }
-summary { cursor: pointer; margin: 2.5rem 0 .6rem; font-size: 1.15rem; font-weight: 600 }
-footer { margin-top: 3rem; font-size: .8rem; overflow-wrap: anywhere }
+{{ style | safe }}
+th, td { vertical-align: top } td.n, td:first-child { white-space: nowrap }
+img { margin: 1rem 0 } summary { margin: 2.5rem 0 .6rem; font-size: 1.15rem; font-weight: 600 }
 </style>
 <div class="soft">brstnet evaluation</div>
 <h1>{{ title }}</h1>

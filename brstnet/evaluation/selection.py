@@ -7,7 +7,7 @@ from typing import Any
 from brstnet.config import fingerprint, read_yaml
 from brstnet.data.guarded import inside, read_json
 from brstnet.data.store import sha256
-from brstnet.evaluation.checks import FAILED, NOTE, PASSED, UNKNOWN, Case, Check, Verdict
+from brstnet.evaluation.checks import FAILED, NOTE, PASSED, UNKNOWN, Check, Subject, Verdict
 from brstnet.training.folds import ALL
 
 CHAMPION, SWEEP = "champion.json", "sweep.yaml"
@@ -17,9 +17,9 @@ MOST_YAML = 1 << 20
 """Bytes of a sweep's settings."""
 
 
-def epoch(case: Case) -> Verdict:
+def epoch(subject: Subject) -> Verdict:
     """Whether a score on validation sections has chosen the epoch."""
-    member, training = case.member, case.member.settings.training
+    member, training = subject.member, subject.member.settings.training
     fold, number = member.fold, int(member.facts["scores"]["epoch"])
     if fold.number == ALL or not fold.validation:
         return PASSED, f"epoch {number}: nobody validated, no score could choose it"
@@ -34,15 +34,15 @@ def epoch(case: Case) -> Verdict:
     return PASSED, f"the last of {training.epochs} epochs, fixed beforehand"
 
 
-def champions(cases: Sequence[Case], chosen: Path | None) -> list[Check]:
+def champions(subjects: Sequence[Subject], chosen: Path | None) -> list[Check]:
     """How these models were chosen among others: a check for each folder that says it."""
-    folders: dict[Path | None, list[Case]] = {}
-    for case in cases:
-        folders.setdefault(chosen or _folder_of(case.member.path), []).append(case)
+    folders: dict[Path | None, list[Subject]] = {}
+    for subject in subjects:
+        folders.setdefault(chosen or _folder_of(subject.member.path), []).append(subject)
     checks = []
     for folder, its in folders.items():
         state, why = _champion(folder, its)
-        of = ", ".join(case.member.fold.name for case in its) if len(folders) > 1 else ""
+        of = ", ".join(subject.member.fold.name for subject in its) if len(folders) > 1 else ""
         checks.append(Check(name="champion", of=of, state=state, why=why))
     return checks
 
@@ -53,20 +53,22 @@ def _folder_of(path: Path) -> Path | None:
     return next((folder for folder in around if (folder / CHAMPION).is_file()), None)
 
 
-def _champion(folder: Path | None, cases: Sequence[Case]) -> Verdict:
+def _champion(folder: Path | None, subjects: Sequence[Subject]) -> Verdict:
     if folder is None:
         return UNKNOWN, f"no {CHAMPION} beside the checkpoints: how many were tried, and on whom?"
     try:
         note = read_json(inside(folder, CHAMPION))
         held_out = _held_out_of_sweep(folder)
-        if (fault := _fault_of_note(note, folder, cases)) is not None:
+        if (fault := _fault_of_note(note, folder, subjects)) is not None:
             return UNKNOWN, f"{folder / CHAMPION}: {fault}"
-        return _choice(note, held_out, cases)
+        return _choice(note, held_out, subjects)
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
         return UNKNOWN, f"{folder / CHAMPION}: cannot be read: {type(error).__name__}: {error}"
 
 
-def _fault_of_note(note: Mapping[str, Any], folder: Path, cases: Sequence[Case]) -> str | None:
+def _fault_of_note(
+    note: Mapping[str, Any], folder: Path, subjects: Sequence[Subject]
+) -> str | None:
     """Why a champion.json says nothing of these models: its hash is over theirs."""
     if note.get("format") != "brstnet-champion":
         return "is no champion's"
@@ -79,7 +81,7 @@ def _fault_of_note(note: Mapping[str, Any], folder: Path, cases: Sequence[Case])
     if fingerprint([note["sweep"], note["trial"], hashes]) != note["content"]:
         return "its hash is not that of the checkpoints beside it: of other models, or changed"
     known = {path.resolve() for path in models}
-    if other := [c.member.path for c in cases if c.member.path.resolve() not in known]:
+    if other := [c.member.path for c in subjects if c.member.path.resolve() not in known]:
         return f"says nothing of {', '.join(map(str, other[:3]))}"
     return None
 
@@ -93,27 +95,29 @@ def _held_out_of_sweep(folder: Path) -> set[str] | None:
     return {str(patient) for patient in read_yaml(file)["protocol"]["held_out"]}
 
 
-def _choice(note: Mapping[str, Any], held_out: set[str] | None, cases: Sequence[Case]) -> Verdict:
+def _choice(
+    note: Mapping[str, Any], held_out: set[str] | None, subjects: Sequence[Subject]
+) -> Verdict:
     """What champion.json says of the search, and whether the judged patients were in it."""
-    case, scored = cases[0], set(note["sections"])
-    judged = case.patients(case.sections)
-    owned = [n for n in case.store.sections if n in scored] + [
-        here for c in cases for here in c.here.values()
+    subject, scored = subjects[0], set(note["sections"])
+    judged = subject.patients(subject.sections)
+    owned = [n for n in subject.store.sections if n in scored] + [
+        here for c in subjects for here in c.here.values()
     ]
     tried = sum(int(number) for number in note["searched"].values())
     search = (
         f"sweep {note['sweep']} tried {tried} configurations on {len(scored)} sections of "
-        f"{', '.join(case.patients(dict.fromkeys(owned))) or 'patients who are not here'} and took "
-        f"trial {note['trial']} by the rule {note['rule']}"
+        f"{', '.join(subject.patients(dict.fromkeys(owned))) or 'patients who are not here'} and "
+        f"took trial {note['trial']} by the rule {note['rule']}"
     )
-    if all(c.cross_validated for c in cases):
+    if all(c.cross_validated for c in subjects):
         return NOTE, f"{search}: of so many scores the best is a little too high"
-    if met := sorted(set(judged) & {*case.patients(owned)}):
+    if met := sorted(set(judged) & {*subject.patients(owned)}):
         return FAILED, f"{search}; {', '.join(met)}, who is judged, was in it"
     if held_out is None:
         return UNKNOWN, f"{search}; no {SWEEP} beside it says who was held out"
     if strange := sorted(set(judged) - held_out):
-        if note["store"] == case.store.digest:
+        if note["store"] == subject.store.digest:
             return FAILED, f"{search}; {', '.join(strange)} was not held out"
         return NOTE, f"{search}; {', '.join(strange)} was not held out, but its store was another"
     return PASSED, f"{search}; {', '.join(judged)} was held out"
