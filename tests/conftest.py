@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from trainings import CPU, quiet, with_training
 
 from brstnet.config import Prepare, Protocol, Settings, Training
 from brstnet.data import genes
 from brstnet.data.prepare import prepare
 from brstnet.data.store import Store
 from brstnet.data.synthetic import Demo, make_demo
+from brstnet.training.train import fit
 
 HER2ST = Path(__file__).parents[2] / "shared" / "data" / "her2st"
 HELD_OUT = "BC90006"
@@ -74,3 +76,26 @@ def settings() -> Settings:
             stopping="fixed",
         ),
     )
+
+
+@pytest.fixture(scope="session")
+def trained(
+    demo_store: Store, settings: Settings, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Both folds of the usual settings, in fold_0 and fold_1; not to be changed."""
+    return _both_folds(demo_store, settings, tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture(scope="session")
+def briefly_trained(
+    demo_store: Store, settings: Settings, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Both folds in float32 after one epoch; five patients, one section each, validate them."""
+    short = with_training(settings, epochs=1, precision="float32")
+    return _both_folds(demo_store, short, tmp_path_factory.mktemp("briefly_trained"))
+
+
+def _both_folds(store: Store, settings: Settings, folder: Path) -> Path:
+    for number in range(2):
+        fit(store, settings, number, folder / f"fold_{number}", device=CPU, on_epoch=quiet)
+    return folder

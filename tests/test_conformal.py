@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from trainings import CPU, train, with_training
+from trainings import CPU
 
-from brstnet.config import Settings
 from brstnet.data.store import Store
 from brstnet.evaluation import confidence, conformal, out_of_fold, spread
 from brstnet.evaluation.conformal import (
@@ -25,7 +24,6 @@ from brstnet.evaluation.conformal import (
 )
 from brstnet.evaluation.predict import Ensemble, How, load_ensemble, predict, predict_ensemble
 from brstnet.evaluation.yardstick import judged_genes, measured
-from brstnet.training.train import fit
 
 HELD_OUT, SECTION = "BC90006", "BC90006_C1"
 
@@ -359,15 +357,9 @@ def test_no_file_and_no_table_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def ensemble(
-    demo_store: Store, settings: Settings, tmp_path_factory: pytest.TempPathFactory
-) -> Ensemble:
-    """Two folds after one epoch; five patients, one section each, calibrate."""
-    folder = tmp_path_factory.mktemp("trained")
-    short = with_training(settings, epochs=1, precision="float32")
-    train(demo_store, short, folder / "fold_0")
-    fit(demo_store, short, 1, folder / "fold_1", device=CPU, on_epoch=lambda _: None)
-    return load_ensemble([folder], CPU)
+def ensemble(briefly_trained: Path) -> Ensemble:
+    """Two models; five patients, one section each, calibrate."""
+    return load_ensemble([briefly_trained], CPU)
 
 
 def test_errors_are_those_of_the_model_that_was_validated_there(

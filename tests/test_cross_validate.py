@@ -12,7 +12,6 @@ import pytest
 import torch
 from scipy.stats import pearsonr
 
-from brstnet.config import Settings
 from brstnet.data.store import Store
 from brstnet.evaluation import tables
 from brstnet.evaluation.evaluate import Evaluation, cross_validate, evaluate
@@ -20,23 +19,12 @@ from brstnet.evaluation.judging import Judging
 from brstnet.evaluation.predict import load_ensemble, predict
 from brstnet.evaluation.scores import MODEL
 from brstnet.training.leaks import LeakError
-from brstnet.training.train import fit
 
 CPU = torch.device("cpu")
 
 
 def quiet(note: Mapping[str, float]) -> None:
     """A callback that does nothing."""
-
-
-@pytest.fixture(scope="module")
-def trained(
-    demo_store: Store, settings: Settings, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    folder = tmp_path_factory.mktemp("folds")
-    for number in range(2):
-        fit(demo_store, settings, number, folder / f"fold_{number}", device=CPU, on_epoch=quiet)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -60,18 +60,6 @@ def quiet(note: Mapping[str, float]) -> None:
     """A callback that does nothing."""
 
 
-@pytest.fixture(scope="module")
-def trained(
-    demo_store: Store, settings: Settings, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """Both folds of the usual settings, in fold_0 and fold_1."""
-    folder = tmp_path_factory.mktemp("trained")
-    for number in range(2):
-        out = folder / f"fold_{number}"
-        fit(demo_store, settings, number, out, device=CPU, on_epoch=quiet)
-    return folder
-
-
 def panel_of(genes: pd.DataFrame) -> pd.Index:
     return genes.index[genes["panel"].to_numpy(bool)]
 

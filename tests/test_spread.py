@@ -8,9 +8,8 @@ import pandas as pd
 import pytest
 import torch
 from scipy import stats
-from trainings import CPU, train, with_training
+from trainings import CPU, with_training
 
-from brstnet.config import Settings
 from brstnet.data.store import Store
 from brstnet.evaluation import predict as prediction
 from brstnet.evaluation import spread
@@ -24,7 +23,6 @@ from brstnet.evaluation.predict import (
 )
 from brstnet.training.batches import Units
 from brstnet.training.checkpoint import Checkpoint
-from brstnet.training.train import fit
 
 SECTION = "BC90006_C1"
 
@@ -33,21 +31,9 @@ SECTION = "BC90006_C1"
 
 
 @pytest.fixture(scope="module")
-def trained(
-    demo_store: Store, settings: Settings, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """Two folds in float32 after one epoch."""
-    folder = tmp_path_factory.mktemp("trained")
-    short = with_training(settings, epochs=1, precision="float32")
-    train(demo_store, short, folder / "fold_0")
-    fit(demo_store, short, 1, folder / "fold_1", device=CPU, on_epoch=lambda _: None)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def ensemble(trained: Path) -> Ensemble:
+def ensemble(briefly_trained: Path) -> Ensemble:
     """Both models; the second is shown smaller patches."""
-    both = load_ensemble([trained], CPU)
+    both = load_ensemble([briefly_trained], CPU)
     one, two = both.members
     small = dataclasses.replace(two, settings=with_training(two.settings, input_px=24))
     return dataclasses.replace(both, members=[one, small])
@@ -138,8 +124,8 @@ def test_eight_views_are_averaged_when_asked_whatever_training_did(
     np.testing.assert_array_equal(one, plain)
 
 
-def test_one_model_has_no_spread_over_models(trained: Path, demo_store: Store) -> None:
-    alone = load_ensemble([trained / "fold_1"], CPU)
+def test_one_model_has_no_spread_over_models(briefly_trained: Path, demo_store: Store) -> None:
+    alone = load_ensemble([briefly_trained / "fold_1"], CPU)
     how = How(spread=True, symmetries=True)
     found = predict_ensemble(alone, demo_store, [SECTION], how, progress=False)
     assert found.member_spread_NG is None
