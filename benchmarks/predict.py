@@ -30,11 +30,11 @@ from brstnet.config import Protocol, Settings, Training
 from brstnet.data.patches import read_slide
 from brstnet.data.sections import ARRAY_PITCH_UM
 from brstnet.data.synthetic import Demo, make_demo
-from brstnet.evaluation import new_slide, tissue
-from brstnet.evaluation.new_slide import Asked
 from brstnet.evaluation.predict import Ensemble, load_ensemble
-from brstnet.evaluation.scale import geometry, model_input
-from brstnet.evaluation.slide import Slide, open_slide
+from brstnet.evaluation.slides import new_slide, tissue
+from brstnet.evaluation.slides.new_slide import Asked
+from brstnet.evaluation.slides.scale import geometry, model_input
+from brstnet.evaluation.slides.slide import Slide, open_slide
 from brstnet.launch import pick_device, restart_with_allocator
 from brstnet.training.batches import Units
 from brstnet.training.epoch import EVAL_BATCH

@@ -325,7 +325,7 @@ def _predict_options(parser: Parser) -> None:
 
 
 def _predict(args: Namespace) -> None:
-    from brstnet.evaluation.new_slide import Asked, predict_slide
+    from brstnet.evaluation.slides.new_slide import Asked, predict_slide
 
     asked = Asked(
         spots=args.spots,

@@ -15,17 +15,13 @@ from brstnet.config import Parser, Settings, read_yaml
 from brstnet.data.mirror import open_store
 from brstnet.data.prepare import READERS
 from brstnet.data.store import Store
-from brstnet.evaluation import (
-    paper_figures,
-    paper_tables,
-    picture,
-    plots,
-    printed,
-    same_quantity,
-)
-from brstnet.evaluation.paper import Model
-from brstnet.evaluation.same_quantity import Facts, Verdict
-from brstnet.evaluation.slide import open_slide
+from brstnet.evaluation import plots
+from brstnet.evaluation.paper import figures as paper_figures
+from brstnet.evaluation.paper import picture, printed, same_quantity
+from brstnet.evaluation.paper import tables as paper_tables
+from brstnet.evaluation.paper.models import Model
+from brstnet.evaluation.paper.same_quantity import Facts, Verdict
+from brstnet.evaluation.slides.slide import open_slide
 from brstnet.launch import pick_device
 from brstnet.training.checkpoint import read_facts
 from brstnet.training.keep import finished

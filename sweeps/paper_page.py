@@ -7,10 +7,10 @@ from typing import Any
 
 import pandas as pd
 
-from brstnet.evaluation import printed
-from brstnet.evaluation.paper import DEPTH
-from brstnet.evaluation.paper_tables import DEPTH_LABEL, clock
-from brstnet.evaluation.same_quantity import TRAINING_ERRORS
+from brstnet.evaluation.paper import printed
+from brstnet.evaluation.paper.models import DEPTH
+from brstnet.evaluation.paper.same_quantity import TRAINING_ERRORS
+from brstnet.evaluation.paper.tables import DEPTH_LABEL, clock
 from brstnet.page import environment
 from sweeps.paper_results import Results, with_clock
 

@@ -10,10 +10,10 @@ import pandas as pd
 
 from brstnet import __version__
 from brstnet.evaluation.evaluate import strict
-from brstnet.evaluation.paper import Model
-from brstnet.evaluation.paper_figures import Map
-from brstnet.evaluation.paper_tables import clock
-from brstnet.evaluation.same_quantity import Verdict
+from brstnet.evaluation.paper.figures import Map
+from brstnet.evaluation.paper.models import Model
+from brstnet.evaluation.paper.same_quantity import Verdict
+from brstnet.evaluation.paper.tables import clock
 
 
 @dataclass(kw_only=True)

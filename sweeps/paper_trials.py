@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from brstnet.config import build, fingerprint, read_yaml
 from brstnet.data.store import Store, sha256
-from brstnet.evaluation import paper, printed
-from brstnet.evaluation.paper import Model
+from brstnet.evaluation.paper import models as paper
+from brstnet.evaluation.paper import printed
+from brstnet.evaluation.paper.models import Model
 from brstnet.training.keep import finished
 from brstnet.training.leaks import LeakError
 from sweeps.choice import Outcome

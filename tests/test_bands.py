@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from brstnet.evaluation.bands import Bands, read_bands
+from brstnet.evaluation.slides.bands import Bands, read_bands
 
 GENES = pd.Index(["A", "B", "C"])
 

@@ -14,8 +14,8 @@ import pytest
 from scipy import sparse, stats
 
 from brstnet import metrics
-from brstnet.evaluation import ceiling
-from brstnet.evaluation.ceiling import (
+from brstnet.evaluation.certainty import ceiling
+from brstnet.evaluation.certainty.ceiling import (
     ceiling_of,
     chance_limit,
     noise_ceiling,

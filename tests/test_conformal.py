@@ -12,8 +12,8 @@ import pytest
 from trainings import CPU
 
 from brstnet.data.store import Store
-from brstnet.evaluation import confidence, conformal, out_of_fold, spread
-from brstnet.evaluation.conformal import (
+from brstnet.evaluation.certainty import confidence, conformal, out_of_fold, spread
+from brstnet.evaluation.certainty.conformal import (
     CONSTANT,
     SCALED,
     Residuals,

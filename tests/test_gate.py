@@ -17,9 +17,9 @@ from trainings import CPU, quiet, with_training
 
 from brstnet.config import Settings, plain, to_yaml
 from brstnet.data.store import Store, sha256
-from brstnet.evaluation.checks import FAILED, NOTE, PASSED, UNKNOWN, Check
-from brstnet.evaluation.contents import colour_statistics, look
-from brstnet.evaluation.gate import gate_line, gate_rows, judge_gate
+from brstnet.evaluation.leaks.checks import FAILED, NOTE, PASSED, UNKNOWN, Check
+from brstnet.evaluation.leaks.contents import colour_statistics, look
+from brstnet.evaluation.leaks.gate import gate_line, gate_rows, judge_gate
 from brstnet.evaluation.predict import Ensemble, load_ensemble
 from brstnet.evaluation.report import gate_blocks
 from brstnet.training.checkpoint import describe

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from scipy import ndimage, stats
 
-from brstnet.evaluation import null
-from brstnet.evaluation.null import Section, permutation_null
+from brstnet.evaluation.certainty import null
+from brstnet.evaluation.certainty.null import Section, permutation_null
 
 ROWS = 14
 DISC_N2 = np.argwhere(np.hypot(*(np.indices((ROWS, ROWS)) - 6.5)) < 6.9)

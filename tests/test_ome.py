@@ -13,10 +13,10 @@ import openslide
 import pytest
 from PIL import Image
 
-from brstnet.evaluation import ome
-from brstnet.evaluation.ome import Discs, level_sizes, paint
-from brstnet.evaluation.overlay import Overlay
-from brstnet.evaluation.slide import Slide, open_slide
+from brstnet.evaluation.slides import ome
+from brstnet.evaluation.slides.ome import Discs, level_sizes, paint
+from brstnet.evaluation.slides.overlay import Overlay
+from brstnet.evaluation.slides.slide import Slide, open_slide
 
 UM = 0.5
 SIZE = (1301, 1100)  # width, height

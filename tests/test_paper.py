@@ -22,20 +22,16 @@ from brstnet.data.prepare import prepare
 from brstnet.data.readers import stnet
 from brstnet.data.store import Store, sha256
 from brstnet.data.synthetic import Demo, make_demo
-from brstnet.evaluation import (
-    paper,
-    paper_figures,
-    paper_tables,
-    picture,
-    printed,
-    same_quantity,
-)
-from brstnet.evaluation.paper import DEPTH, Model, section_scores
-from brstnet.evaluation.paper_tables import bin_counts
+from brstnet.evaluation.paper import figures as paper_figures
+from brstnet.evaluation.paper import models as paper
+from brstnet.evaluation.paper import picture, printed, same_quantity
+from brstnet.evaluation.paper import tables as paper_tables
+from brstnet.evaluation.paper.models import DEPTH, Model, section_scores
+from brstnet.evaluation.paper.same_quantity import Facts
+from brstnet.evaluation.paper.tables import bin_counts
 from brstnet.evaluation.predict import Ensemble, load_ensemble, predict
-from brstnet.evaluation.same_quantity import Facts
 from brstnet.evaluation.scores import MODEL
-from brstnet.evaluation.slide import open_slide
+from brstnet.evaluation.slides.slide import open_slide
 from brstnet.training.train import fit
 from sweeps import paper as command
 from sweeps import paper_trials as trials

@@ -21,9 +21,10 @@ from trainings import CPU, train
 from brstnet import __main__ as cli
 from brstnet.config import Settings
 from brstnet.data.store import Store
-from brstnet.evaluation import new_slide, overlay, plots, spatial
-from brstnet.evaluation.new_slide import Asked, Result, predict_slide
+from brstnet.evaluation import plots
 from brstnet.evaluation.predict import load_ensemble, predict, predict_mean
+from brstnet.evaluation.slides import new_slide, overlay, spatial
+from brstnet.evaluation.slides.new_slide import Asked, Result, predict_slide
 from brstnet.training.train import fit
 
 SECTION = "BC90006_C1"

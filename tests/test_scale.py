@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from brstnet.evaluation.scale import Geometry, ModelInput, geometry
-from brstnet.evaluation.slide import Slide
+from brstnet.evaluation.slides.scale import Geometry, ModelInput, geometry
+from brstnet.evaluation.slides.slide import Slide
 
 
 def slide(um_per_px: float | None) -> Slide:

@@ -13,7 +13,8 @@ from scipy.stats import binomtest, pearsonr
 from brstnet import metrics
 from brstnet.config import Protocol
 from brstnet.data.store import Store
-from brstnet.evaluation import belief, controls, subgroups
+from brstnet.evaluation import controls, subgroups
+from brstnet.evaluation.certainty import belief
 from brstnet.evaluation.scores import (
     MODEL,
     Judged,

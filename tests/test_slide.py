@@ -15,9 +15,9 @@ from tiled_tiff import TILE, aperio, write_tiled
 
 from brstnet.data import stain
 from brstnet.data.patches import corners, cut, white_fraction, white_mask
-from brstnet.evaluation import slide as slides
-from brstnet.evaluation import tissue
-from brstnet.evaluation.slide import open_slide
+from brstnet.evaluation.slides import slide as slides
+from brstnet.evaluation.slides import tissue
+from brstnet.evaluation.slides.slide import open_slide
 
 SIZE = (300, 260)  # width, height
 

@@ -12,7 +12,7 @@ from trainings import CPU, with_training
 
 from brstnet.data.store import Store
 from brstnet.evaluation import predict as prediction
-from brstnet.evaluation import spread
+from brstnet.evaluation.certainty import spread
 from brstnet.evaluation.predict import (
     Ensemble,
     How,

@@ -11,8 +11,8 @@ import pytest
 from scipy import stats
 
 from brstnet import metrics
-from brstnet.evaluation import null, uncertainty
-from brstnet.evaluation.uncertainty import (
+from brstnet.evaluation.certainty import null, uncertainty
+from brstnet.evaluation.certainty.uncertainty import (
     Bootstrap,
     benjamini_hochberg,
     bootstrap_patients,

@@ -17,10 +17,10 @@ import torch
 
 from brstnet.config import plain
 from brstnet.data.store import Store
-from brstnet.evaluation.checks import Check
-from brstnet.evaluation.confidence import Confidence, believe
-from brstnet.evaluation.gate import judge_gate
+from brstnet.evaluation.certainty.confidence import Confidence, believe
 from brstnet.evaluation.judging import Judging
+from brstnet.evaluation.leaks.checks import Check
+from brstnet.evaluation.leaks.gate import judge_gate
 from brstnet.evaluation.predict import (
     Ensemble,
     How,

@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 
 from brstnet import metrics
 from brstnet.data.guarded import inside, read_json, read_table
-from brstnet.evaluation import plots, uncertainty
+from brstnet.evaluation import plots
+from brstnet.evaluation.certainty import uncertainty
 from brstnet.evaluation.evaluate import PANELS
 from brstnet.evaluation.scores import COLUMNS, MODEL, TRUTH
 from brstnet.evaluation.tables import NAMES, members, section_table, within

@@ -16,15 +16,7 @@ import torch
 
 from brstnet import __version__
 from brstnet.data.store import Store
-from brstnet.evaluation import (
-    belief,
-    confidence,
-    out_of_fold,
-    plots,
-    report,
-    subgroups,
-    tables,
-)
+from brstnet.evaluation import plots, report, subgroups, tables
 from brstnet.evaluation.cases import (
     Case,
     describe_folds,
@@ -33,12 +25,13 @@ from brstnet.evaluation.cases import (
     listed,
     validation_cases,
 )
-from brstnet.evaluation.ceiling import SectionCeiling, shallow_sections
-from brstnet.evaluation.checks import Check
+from brstnet.evaluation.certainty import belief, confidence, out_of_fold
+from brstnet.evaluation.certainty.ceiling import SectionCeiling, shallow_sections
 from brstnet.evaluation.controls import Controls, Encoder, Wanted, predict_controls
 from brstnet.evaluation.export import to_anndata
-from brstnet.evaluation.gate import gate_line, gate_rows
 from brstnet.evaluation.judging import Judging
+from brstnet.evaluation.leaks.checks import Check
+from brstnet.evaluation.leaks.gate import gate_line, gate_rows
 from brstnet.evaluation.predict import load_ensemble
 from brstnet.evaluation.scores import METRICS, MODEL, Judged, score_table, spot_table
 from brstnet.evaluation.yardstick import measured, standardise

@@ -29,8 +29,8 @@ from brstnet.data.store import Store, sha256
 from brstnet.evaluation.cases import Case, describe_case, listed
 from brstnet.evaluation.controls import Wanted
 from brstnet.evaluation.evaluate import USUAL, Evaluation, judge, wanted
-from brstnet.evaluation.gate import check_unseen
 from brstnet.evaluation.judging import Judging
+from brstnet.evaluation.leaks.gate import check_unseen
 from brstnet.evaluation.predict import load_ensemble
 from brstnet.evaluation.yardstick import Yardstick, judged_genes, standardise
 

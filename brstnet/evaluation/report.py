@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 
 from brstnet.evaluation import tables
-from brstnet.evaluation.checks import PASSED, Check
-from brstnet.evaluation.gate import gate_line, gate_rows
+from brstnet.evaluation.leaks.checks import PASSED, Check
+from brstnet.evaluation.leaks.gate import gate_line, gate_rows
 from brstnet.evaluation.scores import METRICS, MODEL, TRUTH
 from brstnet.page import DASH, environment, number
 

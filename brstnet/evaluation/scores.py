@@ -16,7 +16,7 @@ import pandas as pd
 from scipy import sparse
 
 from brstnet import metrics
-from brstnet.evaluation.ceiling import SectionCeiling, share_of_ceiling
+from brstnet.evaluation.certainty.ceiling import SectionCeiling, share_of_ceiling
 
 MODEL, TRUTH = "model", "truth"
 COLUMNS = ["gene", "section", "patient", "fold", "predictor", "metric", "value", "n"]

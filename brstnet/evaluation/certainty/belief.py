@@ -12,9 +12,9 @@ import pandas as pd
 
 from brstnet import metrics
 from brstnet.data.store import Store
-from brstnet.evaluation import uncertainty
-from brstnet.evaluation.ceiling import SectionCeiling, noise_ceiling
-from brstnet.evaluation.null import Section, permutation_null
+from brstnet.evaluation.certainty import uncertainty
+from brstnet.evaluation.certainty.ceiling import SectionCeiling, noise_ceiling
+from brstnet.evaluation.certainty.null import Section, permutation_null
 from brstnet.evaluation.scores import MODEL, TRUTH, Judged
 from brstnet.evaluation.tables import section_table
 from brstnet.evaluation.yardstick import Scale, raw_counts

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from brstnet.config import Prepare, Settings, Training, plain, preset
 from brstnet.data.store import Store
-from brstnet.evaluation import printed
+from brstnet.evaluation.paper import printed
 
 NOT_TRAINING = (
     "backbone",

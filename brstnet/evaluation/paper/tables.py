@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from brstnet import metrics
-from brstnet.evaluation import printed
-from brstnet.evaluation.paper import DEPTH, Model
+from brstnet.evaluation.paper import printed
+from brstnet.evaluation.paper.models import DEPTH, Model
 from brstnet.evaluation.scores import MODEL
 from brstnet.evaluation.tables import predictor_summary
 

@@ -18,7 +18,7 @@ import pandas as pd
 from brstnet.data import guarded, stain
 from brstnet.data.patches import corners, crosses_border, resize
 from brstnet.data.sections import read_table
-from brstnet.evaluation.slide import Slide
+from brstnet.evaluation.slides.slide import Slide
 
 THUMBNAIL_PX = 1600
 """Longer side of the picture that figures are drawn on, at most."""

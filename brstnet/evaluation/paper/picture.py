@@ -7,7 +7,7 @@ import numpy as np
 
 from brstnet.data.patches import corners
 from brstnet.data.store import Store
-from brstnet.evaluation.slide import Slide
+from brstnet.evaluation.slides.slide import Slide
 
 LONGER_PX = 1200
 """Longer side of a picture, at most."""

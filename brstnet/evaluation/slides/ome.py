@@ -18,8 +18,8 @@ import cv2
 import matplotlib as mpl
 import numpy as np
 
-from brstnet.evaluation.overlay import Overlay
-from brstnet.evaluation.slide import Slide
+from brstnet.evaluation.slides.overlay import Overlay
+from brstnet.evaluation.slides.slide import Slide
 
 TILE_PX = 512
 SMALLEST_PX = 1024

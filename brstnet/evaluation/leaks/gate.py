@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from brstnet.data.store import Store
-from brstnet.evaluation import selection
-from brstnet.evaluation.checks import (
+from brstnet.evaluation.leaks import selection
+from brstnet.evaluation.leaks.checks import (
     FAILED,
     NOTE,
     PASSED,
@@ -25,7 +25,7 @@ from brstnet.evaluation.checks import (
     Subject,
     Verdict,
 )
-from brstnet.evaluation.contents import Contents, colour_statistics, look
+from brstnet.evaluation.leaks.contents import Contents, colour_statistics, look
 from brstnet.evaluation.predict import Ensemble, check_store
 from brstnet.training import leaks
 from brstnet.training.checkpoint import Checkpoint

@@ -11,7 +11,7 @@ from typing import Any
 import anndata
 import numpy as np
 
-from brstnet.evaluation.slide import Slide
+from brstnet.evaluation.slides.slide import Slide
 
 CHUNK_PX = 2048
 SMALLEST_PX = 1024

@@ -23,11 +23,12 @@ from brstnet.data import guarded
 from brstnet.data.patches import resize
 from brstnet.data.sections import ARRAY_PITCH_UM
 from brstnet.data.store import sha256
-from brstnet.evaluation import ome, overlay, plots, spatial, tissue
-from brstnet.evaluation.bands import Bands, read_bands
+from brstnet.evaluation import plots
 from brstnet.evaluation.predict import PLAIN, Ensemble, How, load_ensemble, on_patches, together
-from brstnet.evaluation.scale import Geometry, ModelInput, geometry, model_input
-from brstnet.evaluation.slide import Slide, open_slide, plausible
+from brstnet.evaluation.slides import ome, overlay, spatial, tissue
+from brstnet.evaluation.slides.bands import Bands, read_bands
+from brstnet.evaluation.slides.scale import Geometry, ModelInput, geometry, model_input
+from brstnet.evaluation.slides.slide import Slide, open_slide, plausible
 from brstnet.training.checkpoint import Checkpoint
 from brstnet.training.epoch import EVAL_BATCH
 

@@ -37,7 +37,7 @@ import numpy as np
 import pandas as pd
 
 from brstnet.data import guarded
-from brstnet.evaluation.spread import LEVELS
+from brstnet.evaluation.certainty.spread import LEVELS
 
 SMALLEST_SPREAD = 1e-6
 """Log units; a spread below counts as this much, so that the scaled kind is always defined."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from brstnet.evaluation import conformal
+from brstnet.evaluation.certainty import conformal
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

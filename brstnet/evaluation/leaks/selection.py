@@ -7,7 +7,7 @@ from typing import Any
 from brstnet.config import fingerprint, read_yaml
 from brstnet.data.guarded import inside, read_json
 from brstnet.data.store import sha256
-from brstnet.evaluation.checks import FAILED, NOTE, PASSED, UNKNOWN, Check, Subject, Verdict
+from brstnet.evaluation.leaks.checks import FAILED, NOTE, PASSED, UNKNOWN, Check, Subject, Verdict
 from brstnet.training.folds import ALL
 
 CHAMPION, SWEEP = "champion.json", "sweep.yaml"

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 
 from brstnet.data.store import Store
-from brstnet.evaluation.conformal import Intervals, Residuals, intervals
+from brstnet.evaluation.certainty.conformal import Intervals, Residuals, intervals
+from brstnet.evaluation.certainty.spread import LEVELS
 from brstnet.evaluation.predict import PLAIN, Ensemble, How, predict_ensemble
-from brstnet.evaluation.spread import LEVELS
 from brstnet.evaluation.yardstick import measured
 from brstnet.training.checkpoint import Checkpoint
 

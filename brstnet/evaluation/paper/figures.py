@@ -14,11 +14,11 @@ from matplotlib.patheffects import withStroke
 from scipy.spatial import cKDTree
 
 from brstnet import metrics
-from brstnet.evaluation import printed
 from brstnet.evaluation.controls import tissue
-from brstnet.evaluation.paper import DEPTH
-from brstnet.evaluation.paper_tables import DEPTH_LABEL, NO_PCC
-from brstnet.evaluation.picture import Picture
+from brstnet.evaluation.paper import printed
+from brstnet.evaluation.paper.models import DEPTH
+from brstnet.evaluation.paper.picture import Picture
+from brstnet.evaluation.paper.tables import DEPTH_LABEL, NO_PCC
 from brstnet.evaluation.scores import MODEL
 
 BIN_COLOURS = {

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from brstnet import metrics
-from brstnet.evaluation.uncertainty import CHUNK, nanmean, patient_table
+from brstnet.evaluation.certainty.uncertainty import CHUNK, nanmean, patient_table
 
 OVERLAP = 0.4
 """A shift of the grid is used if so large a share of the spots falls on spots."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from brstnet.config import Prepare
 from brstnet.data import stain
-from brstnet.evaluation.slide import Slide, plausible
+from brstnet.evaluation.slides.slide import Slide, plausible
 from brstnet.training.checkpoint import Checkpoint
 
 SAME_SCALE = 0.02

@@ -11,8 +11,8 @@ from matplotlib.collections import EllipseCollection
 from matplotlib.figure import Figure
 
 from brstnet.data.guarded import plain_name
-from brstnet.evaluation.slide import Slide
-from brstnet.evaluation.tissue import Survey
+from brstnet.evaluation.slides.slide import Slide
+from brstnet.evaluation.slides.tissue import Survey
 
 ROUND = (1, 2, 5)
 

@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 
 from brstnet.data.store import Store
-from brstnet.evaluation import conformal, out_of_fold, plots, spread
-from brstnet.evaluation.conformal import CONSTANT, SCALED, Intervals, Residuals
+from brstnet.evaluation import plots
+from brstnet.evaluation.certainty import conformal, out_of_fold, spread
+from brstnet.evaluation.certainty.conformal import CONSTANT, SCALED, Intervals, Residuals
 from brstnet.evaluation.predict import PLAIN, Ensemble, How, Predictions
 from brstnet.evaluation.yardstick import measured
 

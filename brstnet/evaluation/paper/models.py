@@ -15,10 +15,10 @@ import torch
 from brstnet import metrics
 from brstnet.config import plain
 from brstnet.data.store import Store
-from brstnet.evaluation import printed
 from brstnet.evaluation.controls import depth_only
 from brstnet.evaluation.export import to_anndata
-from brstnet.evaluation.gate import check_unseen
+from brstnet.evaluation.leaks.gate import check_unseen
+from brstnet.evaluation.paper import printed
 from brstnet.evaluation.predict import Ensemble, load_ensemble, predict, predict_mean
 from brstnet.evaluation.scores import MODEL, Where, tidy_rows
 from brstnet.evaluation.tables import section_table

@@ -1,0 +1,1 @@
+"""How far a score, or a single prediction, can be believed."""

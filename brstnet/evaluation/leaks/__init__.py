@@ -1,0 +1,1 @@
+"""The leak gate of an evaluation: passed before anything is judged."""

@@ -1,0 +1,1 @@
+"""A slide without counts: what a model predicts on it."""
