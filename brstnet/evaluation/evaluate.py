@@ -32,7 +32,7 @@ from brstnet.evaluation.export import to_anndata
 from brstnet.evaluation.judging import Judging
 from brstnet.evaluation.leaks.checks import Check
 from brstnet.evaluation.leaks.gate import gate_line, gate_rows
-from brstnet.evaluation.predict import load_ensemble
+from brstnet.evaluation.predict import How, load_ensemble
 from brstnet.evaluation.scores import METRICS, MODEL, Judged, score_table, spot_table
 from brstnet.evaluation.yardstick import measured, standardise
 
@@ -125,15 +125,16 @@ def cross_validate(
     patients for intervals and tests. The scores are those that configurations were chosen by, and
     a little optimistic; only held-out patients are beyond that. Each fold has its own panel, units
     and controls, fitted on its own training sections. Arguments and what is raised are those of
-    `evaluate`; predictions go to predictions_fold_K.h5ad, and
-    intervals.parquet has intervals for a new patient.
+    `evaluate`; predictions go to predictions_fold_K.h5ad, intervals for a new patient to
+    intervals.parquet.
     """
     _check_files(options)
     with store.read_once():
         cases, ensemble = validation_cases(checkpoints, store, device, options, progress=progress)
         about = describe_models(cases, ensemble, describe_folds(cases, ensemble))
         result = judge(cases, about, out, options, wanted(options, device, progress=progress))
-        out_of_fold.calibrate(ensemble, store).write(out / "intervals.parquet")
+        found = out_of_fold.calibrate(ensemble, store, how=How(views=options.views))
+    found.write(out / "intervals.parquet")
     return result
 
 
@@ -288,12 +289,9 @@ def _by_fold(parts: Sequence[Part], facts: Callable[[Part], Mapping[str, Any]]) 
         each = {
             f"fold {p.judged.fold}": f[name] for p, f in zip(parts, found, strict=True) if name in f
         }
-        values = list(each.values())
-        merged[name] = (
-            values[0]
-            if len(each) == len(parts) and values.count(values[0]) == len(values)
-            else each
-        )
+        first, *others = each.values()
+        shared = len(each) == len(parts) and all(other == first for other in others)
+        merged[name] = first if shared else each
     return merged
 
 

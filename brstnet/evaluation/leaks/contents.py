@@ -5,6 +5,7 @@ Shape letters: N spots, H and W pixels, C colours, L levels of brightness.
 
 import hashlib
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -35,6 +36,7 @@ class Contents:
     levels_CL: np.ndarray
 
 
+@lru_cache(maxsize=256)  # the folds of a cross-validated evaluation look at the same sections
 def look(store: Store, section: str, protocol: Protocol) -> Contents:
     """The contents of a section; each patch is read once."""
     patches = store.patches(section)
