@@ -36,7 +36,7 @@ test-others:
 
 ## quick: the tests that a developer runs all the time (under 3 minutes)
 quick: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow and not cluster and not gpu and not browser and not drill"
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile -m "not slow and not cluster and not gpu and not browser and not drill"
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -20,6 +20,8 @@ from brstnet.evaluation.predict import load_ensemble, predict
 from brstnet.evaluation.scores import MODEL
 from brstnet.training.leaks import LeakError
 
+pytestmark = pytest.mark.slow  # all of it, together
+
 CPU = torch.device("cpu")
 
 

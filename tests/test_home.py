@@ -26,6 +26,8 @@ from clusters import artifacts, home
 from dashboards.leaderboard import leaderboard_info
 from sweeps import tracking
 
+pytestmark = pytest.mark.slow  # all of it, together
+
 ROOT = Path(__file__).parents[1]
 LOSSES = [(0, 3.0), (1, 2.5), (2, float("nan")), (1, 2.5), (2, 1.0)]
 """Of a fold that was resumed: steps come twice."""

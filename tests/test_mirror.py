@@ -30,6 +30,8 @@ from sweeps.run import open_stores
 from sweeps.space import Asked, Sweep
 from sweeps.trial import Job, train_folds
 
+pytestmark = pytest.mark.slow  # all of it, together
+
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Storage]:

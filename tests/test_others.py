@@ -31,6 +31,8 @@ from brstnet.evaluation.others import (
 from brstnet.evaluation.yardstick import Yardstick, judged_genes, measured, standardise
 from brstnet.training.leaks import LeakError
 
+pytestmark = pytest.mark.slow  # all of it, together
+
 TRAIN, JUDGED = ["BC90001", "BC90002", "BC90003"], ["BC90004", "BC90005", "BC90006"]
 PANEL = 100
 QUICK = Judging(draws=60, thinnings=3)

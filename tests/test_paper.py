@@ -39,6 +39,8 @@ from sweeps.board import write_outcome
 from sweeps.paper_results import wide_1, with_clock
 from sweeps.space import Sweep
 
+pytestmark = pytest.mark.slow  # all of it, together
+
 TEXT = Path(__file__).parents[2] / "shared" / "paper"
 HELD_OUT = "BC90006"
 PANEL = 30

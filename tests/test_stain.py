@@ -111,6 +111,7 @@ def test_same_stains_give_the_bytes_of_staintools(
     assert not np.array_equal(as_it_is, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lightness", [True, False])
 def test_a_slide_and_its_colours_alone_give_the_same_bytes(
     source: UInt8, target: StainTarget, lightness: bool
