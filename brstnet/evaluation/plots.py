@@ -46,7 +46,7 @@ def plot_histogram(info: pd.DataFrame, title: str) -> Figure:
         axes.axvline(threshold, color="black", linewidth=0.6, linestyle=":")
     axes.set_xlabel("a gene's PCC (median over the judged sections)")
     axes.set_ylabel("genes")
-    axes.set_title(textwrap.fill(title, 100), fontsize=9)
+    axes.set_title(textwrap.fill(title, 84), fontsize=9)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -168,12 +168,7 @@ def report_blocks(
             "genes are in genes.csv.",
             table=gene_rows(panel.head(GENES_SHOWN)),
         ),
-        Block(
-            title="Spread as uncertainty",
-            note="Errors against the spread of the models: on the line the spread would be the "
-            "error. What intervals hold is in coverage.parquet.",
-            figures=[p for p in [figures / "reliability.png"] if p.is_file()],
-        ),
+        *spread_blocks(figures / "reliability.png"),
         Block(
             title="Maps",
             note="Measured above, predicted below, each with its own colour range." + left,
@@ -187,11 +182,29 @@ def report_blocks(
     ]  # fmt: skip
 
 
+def spread_blocks(figure: Path) -> list[Block]:
+    """The spread of the models beside their errors; none where it was not taken."""
+    if not figure.is_file():
+        return []
+    return [
+        Block(
+            title="Spread as uncertainty",
+            note="Errors against the spread of the models: on the line the spread would be the "
+            "error. What intervals hold is in coverage.parquet.",
+            figures=[figure],
+        )
+    ]
+
+
 def gate_blocks(checks: Sequence[Check]) -> list[Block]:
     """The leak gate's report; none where nothing could be checked, as of somebody's predictions."""
     if not checks:
         return []
-    table = pd.DataFrame(gate_rows(checks))[["state", "name", "of", "why"]]
+    table = pd.DataFrame(gate_rows(checks))
+    table["of"] = table["of"].str.replace(" ", "\N{NO-BREAK SPACE}")
+    same = table.groupby(["state", "name", "why"], sort=False)["of"]  # of several folds, once
+    table = same.agg(lambda of: ", ".join(filter(None, of))).reset_index()
+    table = table[["state", "name", "of", "why"]]
     return [
         Block(
             title="Leak gate",

@@ -65,7 +65,9 @@ def judge_gate(
     with store.read_once():
         contents = _look_at_all(subjects)
         checks = [check for subject in subjects for check in _of_member(subject, contents)]
-    checks += [*selection.champions(subjects, chosen), selection.looks(earlier)]
+    checks += selection.champions(subjects, chosen)
+    if not cross_validated:  # validation patients were looked at by every trial, which that says
+        checks.append(selection.looks(earlier))
     if failures := [c for c in checks if c.state == FAILED]:
         lines = [f"{c.name}{f' ({c.of})' if c.of else ''}: {c.why}" for c in failures]
         raise LeakError(f"{store.path}: these sections cannot judge it\n  " + "\n  ".join(lines))
