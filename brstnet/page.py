@@ -36,7 +36,8 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { padding: .4rem .6rem; font-size: .87rem; text-align: left;
   border-bottom: 1px solid var(--line) } tbody tr:last-child td { border-bottom: 0 }
 th { color: var(--soft); font-weight: 600 } .n { text-align: right }
-a { color: var(--accent) } img { display: block; max-width: 100%; background: #fff; border-radius: 8px }
+a { color: var(--accent) }
+img { display: block; max-width: 100%; background: #fff; border-radius: 8px }
 summary { cursor: pointer } footer { margin-top: 3rem; font-size: .8rem; overflow-wrap: anywhere }
 """
 """Colours for day and night, type, cards and tables; a page adds its own after it."""
